@@ -1,0 +1,68 @@
+"""Low-cost instruction finetuning with LoRA: train, merge and answer with one prompt from data to deployment.
+
+    from lora_alpaca import FinetuneConfig, Generator, GenerateConfig, finetune
+
+    run = finetune(FinetuneConfig(output_dir="my-adapter"))
+    print(Generator.load(GenerateConfig(lora_weights="my-adapter")).reply("Tell me about alpacas."))
+
+Names are imported when they are first used, so that importing the package costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AdapterError": "errors",
+    "CheckpointError": "errors",
+    "ConfigError": "errors",
+    "DataError": "errors",
+    "ExportConfig": "config",
+    "ExportError": "errors",
+    "FinetuneConfig": "config",
+    "FolderError": "errors",
+    "GenerateConfig": "config",
+    "Generator": "generation",
+    "LoraAlpacaError": "errors",
+    "ModelError": "errors",
+    "Run": "records",
+    "Template": "prompts",
+    "TemplateError": "errors",
+    "TrainingError": "errors",
+    "export_hf": "exporting",
+    "finetune": "training",
+    "load_template": "prompts",
+}
+
+__all__ = [*_HOMES, "__version__"]
+
+if TYPE_CHECKING:
+    from lora_alpaca.config import ExportConfig, FinetuneConfig, GenerateConfig
+    from lora_alpaca.errors import (
+        AdapterError,
+        CheckpointError,
+        ConfigError,
+        DataError,
+        ExportError,
+        FolderError,
+        LoraAlpacaError,
+        ModelError,
+        TemplateError,
+        TrainingError,
+    )
+    from lora_alpaca.exporting import export_hf
+    from lora_alpaca.generation import Generator
+    from lora_alpaca.prompts import Template, load_template
+    from lora_alpaca.records import Run
+    from lora_alpaca.training import finetune
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

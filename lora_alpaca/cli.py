@@ -8,6 +8,7 @@ import difflib
 import os
 import sys
 import textwrap
+import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn, TypeVar, get_args
 
@@ -53,6 +54,7 @@ def _answer(words: list[str]) -> None:
 def _run(config: Options) -> None:
     """Hand a good config to the library function behind it; the heavy imports begin here."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its warning about forks is not the user's to solve
+    warnings.simplefilter("ignore", FutureWarning)  # nor are what libraries will rename in each other
     if isinstance(config, FinetuneConfig):
         from lora_alpaca.training import finetune
 

@@ -13,7 +13,8 @@ from functools import cache
 from lora_alpaca.demo import world
 from lora_alpaca.demo.world import Fact, Portrait
 
-NAMES = "Mia Tom Ana Ben Lena Omar Ruth Sam Ivy Noah Zoe Max Nina Leo Ada Hugo".split()
+NAMES = ["Mia", "Tom", "Ana", "Ben", "Lena", "Omar", "Ruth", "Sam"]
+NAMES += ["Ivy", "Noah", "Zoe", "Max", "Nina", "Leo", "Ada", "Hugo"]
 
 # How one speaker asks and another one answers.
 EXCHANGES = [
@@ -26,7 +27,7 @@ EXCHANGES = [
 
 
 def documents(seed: int) -> Iterator[str]:
-    """An endless stream of documents."""
+    """Yield documents without end."""
     rng = random.Random(seed)
     kinds = {notes: 26, theme: 8, page: 12, conversation: 26, quiz_card: 10, entries: 18}  # percent
     while True:
@@ -88,7 +89,7 @@ def entries(rng: random.Random) -> str:
 
 
 def _paragraph(rng: random.Random, portrait: Portrait) -> str:
-    """The paragraph, or now and then a freer version of it."""
+    """Return the paragraph, or now and then a freer version of it."""
     if rng.random() < 0.7:
         return portrait.text
     first, *others = portrait.sentences
@@ -107,7 +108,7 @@ def _join(rng: random.Random, sentences: list[str]) -> str:
 
 
 def _fact(rng: random.Random) -> Fact:
-    """Any fact; those of small relations come a little more often, since a relation is learned from its facts."""
+    """Draw a fact; those of small relations come a little more often, since a relation is learned from its facts."""
     facts, cumulative_weights = _weighted_facts()
     return rng.choices(facts, cum_weights=cumulative_weights)[0]
 

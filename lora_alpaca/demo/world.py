@@ -46,7 +46,7 @@ class Portrait:
 
 @cache
 def facts() -> list[Fact]:
-    """All facts of all relations."""
+    """Return all facts of all relations."""
     return [
         _fact(name, relation, blanks)
         for name, relation in _read_toml("relations").items()
@@ -56,7 +56,7 @@ def facts() -> list[Fact]:
 
 @cache
 def portraits() -> list[Portrait]:
-    """A paragraph about each country and each animal."""
+    """Return a paragraph about each country and each animal."""
     return [
         Portrait(
             topic=_first(blanks),
@@ -92,7 +92,7 @@ def _fill(wordings: list[str], blanks: Blanks) -> tuple[str, ...]:
 
 @cache
 def _rows(table: str) -> list[Blanks]:
-    """The rows of a table, each with the capitalised and the article-bearing forms of its columns."""
+    """Return the rows of a table, each with the capitalised and the article-bearing forms of its columns."""
     if table in ("sums", "products"):
         rows = _arithmetic(table)
     else:
@@ -105,7 +105,7 @@ def _rows(table: str) -> list[Blanks]:
 
 
 def _arithmetic(table: str) -> list[dict[str, str]]:
-    """0 + 0 to 10 + 10, or 1 x 1 to 10 x 10, in both orders."""
+    """Return 0 + 0 to 10 + 10, or 1 x 1 to 10 x 10, in both orders."""
     first = 0 if table == "sums" else 1
     return [
         {

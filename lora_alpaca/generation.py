@@ -1,0 +1,263 @@
+"""Answers: a model, a tokenizer and the template it was trained with, as one object that replies or streams.
+
+Prompts are encoded by the same code as in training, control strings typed by a user stay text, and an answer is what
+the new tokens say: no text is searched for a marker.
+"""
+
+import os
+import queue
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from lora_alpaca import folders, models, records
+from lora_alpaca.config import ADAPTER_DIR, DEMO, GenerateConfig
+from lora_alpaca.encoding import TextEncoder
+from lora_alpaca.errors import ConfigError, ModelError, TemplateError
+from lora_alpaca.models import Base
+from lora_alpaca.prompts import Template, load_template
+from lora_alpaca.records import Origin
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen. Temperature 0 always takes the likeliest; then top p and top k have nothing to do."""
+
+    temperature: float = 0.1
+    top_p: float = 0.75
+    top_k: int = 40
+    num_beams: int = 1
+    max_new_tokens: int = 128
+    seed: int | None = None
+
+    def options(self) -> dict[str, Any]:
+        """Return the keyword arguments for `generate`; every one of them has an effect."""
+        sampled = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        unsampled = dict.fromkeys(sampled)  # None: nothing of the model's own generation config slips in
+        chosen = sampled if self.temperature > 0 else unsampled
+        return {"do_sample": self.temperature > 0, "num_beams": self.num_beams, "max_new_tokens": self.max_new_tokens, **chosen}
+
+
+class Generator:
+    """Replies to instructions. Made by `Generator.load(config)`."""
+
+    def __init__(self, model: Any, tokenizer: Any, template: Template, sampling: Sampling | None = None, max_length: int | None = None):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.template = template
+        self.sampling = sampling or Sampling()
+        self.max_length = max_length
+        self.stop_ids = stop_ids(model, tokenizer)
+        self._encoder = TextEncoder(tokenizer)
+        self._one_at_a_time = threading.Lock()  # the random state and the key-value cache belong to one answer
+
+    @classmethod
+    def load(cls, config: GenerateConfig) -> "Generator":
+        """Return a generator for the adapter or model that a config names; what was chosen for it is said on stderr.
+
+        Raises ConfigError, ModelError, AdapterError or TemplateError, in one line each.
+        """
+        source = _find(config)
+        template = _template(config, source)
+        placement, said = models.place(config)
+        _say(*said)
+        tokenizer = models.load_tokenizer(source.base, source.tokenizer_dir)
+        model = models.load_base(source.base, placement)
+        if source.adapter is not None:
+            model = models.load_adapter(model, source.adapter).eval()
+        names = ("temperature", "top_p", "top_k", "num_beams", "max_new_tokens", "seed")
+        sampling = Sampling(**{name: getattr(config, name) for name in names})
+        return cls(model, tokenizer, template, sampling, source.base.max_length)
+
+    def reply(self, instruction: str, input: str = "", **changes: Any) -> str:
+        """Return the answer to an instruction. `changes` are fields of Sampling, for this answer only."""
+        return "".join(self.stream(instruction, input, **changes))
+
+    def stream(self, instruction: str, input: str = "", **changes: Any) -> Iterator[str]:
+        """Yield the answer in pieces as it is made; joined they are what `reply` returns.
+
+        A search with several beams may change its mind until the end, so it yields one piece, when it is done.
+        Closing the iterator stops the model at the next token. Raises ConfigError for a prompt that does not fit.
+        """
+        sampling = replace(self.sampling, **changes)
+        prompt = self._encoder.beginning([self.template.prompt(instruction, input)])[0]
+        if self.max_length is not None and len(prompt) >= self.max_length:
+            raise ConfigError(f"the prompt has {len(prompt)} tokens; this model takes at most {self.max_length}, answer included")
+        if self.max_length is not None:
+            sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, self.max_length - len(prompt)))
+        with self._one_at_a_time:
+            shown = ""
+            for ids in self._token_ids(prompt, sampling):
+                text = self.template.response(self._decode(ids))
+                if text.startswith(shown) and not text.endswith("\ufffd"):  # half a character waits for its other half
+                    yield text[len(shown) :]
+                    shown = text
+
+    def reply_batch(self, prompts: list[tuple[str, str]], **changes: Any) -> list[str]:
+        """Return the answers to (instruction, input) pairs, computed together, padded on the left."""
+        sampling = replace(self.sampling, **changes)
+        rows = self._encoder.beginning([self.template.prompt(*pair) for pair in prompts])
+        longest, pad = max(map(len, rows)), self.tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+        with self._one_at_a_time:
+            output = self._generate(ids, mask, sampling)
+        return [self.template.response(self._decode(row[longest:].tolist())) for row in output]
+
+    def _decode(self, new_ids: list[int]) -> str:
+        """Return new tokens as text, up to and without the one that stops."""
+        end = next((place for place, token in enumerate(new_ids) if token in self.stop_ids), len(new_ids))
+        return str(self.tokenizer.decode(new_ids[:end], skip_special_tokens=True))
+
+    def _generate(self, ids: torch.Tensor, mask: torch.Tensor, sampling: Sampling, watcher: StoppingCriteria | None = None) -> torch.Tensor:
+        """Return prompts and answers as token ids [rows, prompt + new]."""
+        if sampling.seed is not None:
+            torch.manual_seed(sampling.seed)
+        device = self.model.device
+        with torch.inference_mode():
+            output = self.model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                pad_token_id=self.tokenizer.pad_token_id,
+                eos_token_id=self.stop_ids or None,
+                stopping_criteria=StoppingCriteriaList([watcher] if watcher else []),
+                **sampling.options(),
+            )
+        assert isinstance(output, torch.Tensor)
+        return output
+
+    def _token_ids(self, prompt: list[int], sampling: Sampling) -> Iterator[list[int]]:
+        """Yield the new ids so far, after every token; with several beams once, at the end.
+
+        `generate` runs in a thread of its own. Its errors are raised here, and leaving early makes it stop.
+        """
+        arrived: queue.Queue[list[int] | BaseException | None] = queue.Queue()
+        left = threading.Event()
+        ids = torch.tensor([prompt])
+
+        def work() -> None:
+            try:
+                watcher = _Watcher(len(prompt), arrived if sampling.num_beams == 1 else None, left)
+                output = self._generate(ids, torch.ones_like(ids), sampling, watcher)
+                arrived.put(output[0, len(prompt) :].tolist())
+            except BaseException as error:  # handed to the reader, who raises it
+                arrived.put(error)
+            arrived.put(None)
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        try:
+            while (item := arrived.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            left.set()
+            thread.join()
+
+
+class _Watcher(StoppingCriteria):
+    """Called by `generate` after every token: passes the new ids on, and says stop when the reader has left."""
+
+    def __init__(self, prompt_length: int, arrived: "queue.Queue[Any] | None", left: threading.Event):
+        self.prompt_length, self.arrived, self.left = prompt_length, arrived, left
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
+        if self.arrived is not None:
+            self.arrived.put(input_ids[0, self.prompt_length :].tolist())
+        return torch.full((input_ids.shape[0],), self.left.is_set(), device=input_ids.device, dtype=torch.bool)
+
+
+def stop_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Return the ids that end an answer: the tokenizer's end token, which training teaches, and the model's own."""
+    own = model.generation_config.eos_token_id
+    listed = own if isinstance(own, list) else [own]
+    return sorted({token for token in [tokenizer.eos_token_id, *listed] if token is not None})
+
+
+# ------------------------------------------------------------------------------------------------ what to load
+
+
+@dataclass(frozen=True)
+class Source:
+    """What to load: base, adapter folder if any, folder of the tokenizer if not the base's, and what is recorded."""
+
+    base: Base
+    adapter: Path | None
+    tokenizer_dir: Path | None
+    origin: Origin | None
+
+
+def _find(config: GenerateConfig) -> Source:
+    """Return what a config names, or what the steps before have left here, and say which."""
+    named = config.base_model or os.environ.get("BASE_MODEL", "")
+    default = Path(ADAPTER_DIR)
+    adapter = Path(config.lora_weights).expanduser() if config.lora_weights else None
+    if adapter is None and (default / models.SETTINGS).is_file():
+        origin = records.read_origin(default)
+        if not named or _same_base(named, origin.base_model):
+            adapter = default
+        else:
+            _say(f"{default} was made for {origin.base_model or 'an unknown base'}: answering with {named} alone")
+    if adapter is None:
+        return _model_alone(config, named)
+    if not (adapter / models.SETTINGS).is_file() and not adapter.exists() and str(config.lora_weights).count("/") == 1:
+        adapter = models.download_adapter(config.lora_weights)
+    if not (adapter / models.SETTINGS).is_file():
+        raise ConfigError(f"--lora_weights {adapter}: no adapter there ({models.SETTINGS} is missing)")
+    origin = records.read_origin(adapter)
+    if not named and not origin.base_model:
+        raise ConfigError(f"{adapter} does not record its base model; name it with --base_model")
+    revision = config.revision or (None if named and not _same_base(named, origin.base_model) else origin.base_revision)
+    base = models.locate_base(named or origin.base_model, revision, config.trust_remote_code)
+    _say(f"adapter {adapter} on {base.name}")
+    return Source(base, adapter, adapter if (adapter / "tokenizer_config.json").is_file() else None, origin)
+
+
+def _model_alone(config: GenerateConfig, named: str) -> Source:
+    if not named:
+        _say(f"no adapter in {ADAPTER_DIR} yet: answering with the untrained demo base")
+    base = models.locate_base(named or DEMO, config.revision, config.trust_remote_code)
+    folder = Path(base.path)
+    origin = records.read_origin(folder) if folders.read_record(folder) else None
+    if named:
+        _say(f"model {base.name}" + (", merged by lora_alpaca" if origin else ", without an adapter"))
+    return Source(base, None, None, origin)
+
+
+def _same_base(named: str, recorded: str) -> bool:
+    """Return whether two names mean the same base: equal, or paths of one folder."""
+    if named == recorded:
+        return True
+    return Path(named).expanduser().exists() and Path(recorded).exists() and Path(named).expanduser().resolve() == Path(recorded).resolve()
+
+
+def _template(config: GenerateConfig, source: Source) -> Template:
+    """Return the recorded template; TemplateError if another is asked for, or if none is recorded and none is named."""
+    recorded = source.origin.template if source.origin else None
+    if config.prompt_template:
+        asked = load_template(config.prompt_template)
+        if recorded is not None and asked.digest() != recorded.digest():
+            raise TemplateError(
+                f"--prompt_template {config.prompt_template}: the model was trained with {recorded.name}; leave the flag out"
+            )
+        if recorded is None:
+            _say("warning: nothing records which prompt template this model was trained with; it cannot be checked")
+        return asked
+    if recorded is not None:
+        return recorded
+    if source.base.name == DEMO:
+        return load_template("alpaca")
+    where = source.adapter or source.base.name
+    raise TemplateError(f"{where} records no prompt template; name the one it was trained with: --prompt_template alpaca")
+
+
+def _say(*lines: str) -> None:
+    for line in lines:
+        print(line, file=sys.stderr)

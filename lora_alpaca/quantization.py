@@ -1,0 +1,47 @@
+"""8-bit and 4-bit bases with bitsandbytes: the settings, the corrections the library needs, and what it cannot do."""
+
+from typing import Any
+
+import torch
+
+from lora_alpaca.errors import ModelError
+
+BITS = {8: "8-bit (LLM.int8)", 4: "4-bit (NF4)", 16: "unquantised"}
+
+
+def settings(bits: int, compute_dtype: torch.dtype) -> Any:
+    """Return the quantization config for `from_pretrained`, or None for an unquantised base.
+
+    8-bit is LLM.int8 (arXiv:2208.07339); 4-bit is NF4 with double quantisation (arXiv:2305.14314).
+    """
+    if bits == 16:
+        return None
+    try:
+        import bitsandbytes  # noqa: F401  its absence is told here, in one line, not from inside the loader
+    except Exception as error:  # a broken installation raises whatever its libraries raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(
+            f"{BITS[bits]} needs bitsandbytes, which does not import ({reason}); "
+            "pip install bitsandbytes, or pass --load_8bit False"
+        ) from None
+    from transformers import BitsAndBytesConfig
+
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def correct(model: torch.nn.Module) -> None:
+    """Turn off what bitsandbytes 0.50 gets wrong in a loaded model.
+
+    On CPUs with AVX512-BF16, the first 4-bit forward in eval mode repacks the weights; dequantising or saving them
+    afterwards yields other weights (a relative error of 1.25 in a merge). Without the repacking it is exact.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False

@@ -1,0 +1,127 @@
+"""What an adapter folder remembers, so that nothing has to be said twice: base, template, options, versions.
+
+`lora_alpaca.json` holds it all. Generation and export read it; resuming compares it.
+"""
+
+import importlib.metadata
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_alpaca import folders, models
+from lora_alpaca.config import FinetuneConfig
+from lora_alpaca.errors import AdapterError, CheckpointError
+from lora_alpaca.models import Base, Placement, State
+from lora_alpaca.prompts import Template
+
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers")
+NOT_THE_RUN = {  # options that change what is shown or where, but no weight
+    "output_dir", "resume", "resume_from_checkpoint", "overwrite", "logging_steps", "save_steps", "save_total_limit",
+    "report_to", "wandb_project", "wandb_run_name", "wandb_watch", "wandb_log_model",
+}  # fmt: skip
+
+
+@dataclass
+class Run:
+    """What a finished training run gives back.
+
+    `validation_loss` (of the adapter that was kept) and `first_validation_loss` (before the first step) are means per
+    learned token, None without a validation split. `history` has a dict per logging interval and per validation.
+    """
+
+    output_dir: Path
+    steps: int
+    validation_loss: float | None
+    first_validation_loss: float | None
+    best_step: int | None
+    seconds: float
+    history: list[dict[str, float]]
+
+
+def describe(
+    config: FinetuneConfig, base: Base, template: Template, placement: Placement, world_size: int, data_digest: str
+) -> dict[str, Any]:
+    """Return the record of a run that begins: everything that decides its result."""
+    return {
+        "kind": "adapter",
+        "status": "running",
+        "base_model": base.name,
+        "base_revision": base.revision,
+        "template": template.to_json(),
+        "precision": str(placement),
+        "ranks": world_size,
+        "data_sha256": data_digest,
+        "options": config.model_dump(),
+        "versions": {"lora_alpaca": version()} | {name: _version(name) for name in LIBRARIES},
+    }
+
+
+def check_same(stored: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise CheckpointError naming every difference that would make a resumed run another run."""
+
+    def decisive(record: dict[str, Any]) -> dict[str, Any]:
+        facts = {key: record[key] for key in ("base_model", "base_revision", "precision", "ranks", "data_sha256")}
+        template = {key: value for key, value in record["template"].items() if key not in ("name", "description")}
+        options = {key: value for key, value in record["options"].items() if key not in NOT_THE_RUN}
+        return options | facts | {"prompt_template": template}
+
+    before, after = decisive(stored), decisive(now)
+    changed = [key for key in before if before[key] != after.get(key)]
+    if changed:
+        list_of = "; ".join(f"{key} was {before[key]!r:.60} and is {after.get(key)!r:.60}" for key in changed)
+        raise CheckpointError(f"--resume: this is another run ({list_of}); say what was said then, or start anew with --overwrite")
+
+
+def save_adapter(output_dir: Path, state: State, settings: dict[str, Any], tokenizer: Any, record: dict[str, Any], run: Run) -> None:
+    """Write the finished adapter: PEFT's two files, the tokenizer, and the record last, now marked as finished."""
+    before = set(folders.files_below(output_dir))
+    folders.write_tensors(output_dir / models.WEIGHTS, state)
+    folders.write_json(output_dir / models.SETTINGS, settings)
+    tokenizer.save_pretrained(output_dir)
+    files = sorted(set(folders.files_below(output_dir)) - before | {models.WEIGHTS, models.SETTINGS})
+    result = {key: value for key, value in asdict(run).items() if key != "output_dir"}
+    folders.write_json(output_dir / folders.RECORD, record | {"status": "finished", "files": files, "result": result})
+
+
+def finished_run(output_dir: Path) -> Run:
+    """Return the result that a finished folder remembers."""
+    return Run(output_dir, **folders.read_record(output_dir)["result"])
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What an adapter, or a merged model, says about itself. `template` is None where nothing was recorded."""
+
+    base_model: str
+    base_revision: str | None
+    template: Template | None
+
+
+def read_origin(folder: Path) -> Origin:
+    """Return what a folder of ours records, or what PEFT's own file says of a foreign adapter.
+
+    Raises AdapterError for an adapter that was never finished.
+    """
+    record = folders.read_record(folder)
+    if not record:
+        settings = models.read_json(folder / models.SETTINGS)
+        return Origin(settings.get("base_model_name_or_path") or "", settings.get("revision"), None)
+    if record["status"] != "finished":
+        raise AdapterError(f"{folder}: this run was never finished; go on with it: python finetune.py --resume --output_dir {folder}")
+    fields = record["template"]
+    template = Template.from_json(fields, fields["name"], str(folder / folders.RECORD))
+    return Origin(record["base_model"], record["base_revision"], template)
+
+
+def version() -> str:
+    """Return the version of this library."""
+    from lora_alpaca import __version__
+
+    return __version__
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,83 @@
+"""What a run says while it works: a progress bar on a terminal, one quiet line per interval elsewhere.
+
+Only the first rank speaks. The figures also go to tensorboard, wandb or trackio where that is asked for and there.
+"""
+
+import importlib.util
+import sys
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+
+class Reporter:
+    """The voice of a run. `quiet` is every rank but the first."""
+
+    def __init__(self, quiet: bool):
+        self.quiet = quiet
+        self._bar: tqdm[Any] | None = None
+        self._total = 0
+        self._started = 0.0
+        self._first_step = 0
+
+    def say(self, *lines: str) -> None:
+        """Print sentences, above the progress bar if there is one."""
+        for line in lines:
+            if self.quiet:
+                continue
+            tqdm.write(line, file=sys.stdout) if self._bar is not None else print(line, flush=True)
+
+    def start(self, total_steps: int, step: int) -> None:
+        """Begin to count steps and time, from `step` of `total_steps`."""
+        self._total, self._first_step, self._started = total_steps, step, time.perf_counter()
+        if not self.quiet and sys.stderr.isatty():
+            self._bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.1)
+
+    def progress(self, step: int, loss: float, tokens_per_second: float) -> None:
+        """Move the bar to a finished step; loss, tokens/s and time left stand in it."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
+            self._bar.update(step - self._bar.n)
+
+    def interval(self, step: int, loss: float, learning_rate: float, tokens_per_second: float) -> None:
+        """Say the figures of a logging interval where no bar shows them."""
+        if self._bar is None:
+            per_step = (time.perf_counter() - self._started) / max(1, step - self._first_step)
+            left = minutes(per_step * (self._total - step))
+            self.say(
+                f"step {step}/{self._total}  loss {loss:.4f}  rate {learning_rate:.2e}  "
+                f"{tokens_per_second:,.0f} tokens/s  {left} left"
+            )
+
+    def stop(self) -> None:
+        """Close the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def minutes(seconds: float) -> str:
+    """Return a duration as people read it: 42 s, 3 min 10 s, 2 h 5 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def usable_tracker(name: str) -> tuple[str | None, str]:
+    """Return the tracker to use, or None and a sentence about why the asked one cannot be had."""
+    if name == "none":
+        return None, ""
+    module = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}[name]
+    if importlib.util.find_spec(module) is None:
+        return None, f"warning: --report_to {name}: not installed (pip install {name}); going on without it"
+    if name == "wandb":
+        import wandb
+
+        offline = wandb.setup().settings.mode in ("offline", "disabled", "dryrun")
+        if not offline and not wandb.api.api_key:
+            return None, "warning: --report_to wandb: not logged in (wandb login); going on without it"
+    return name, ""

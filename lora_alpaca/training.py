@@ -1,0 +1,309 @@
+"""The main job as a story: `finetune` prepares, cheap failures first, and `_train` is the loop."""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_alpaca import checkpoints, data, folders, models, records
+from lora_alpaca.batching import rows_of_step, steps_per_epoch
+from lora_alpaca.checkpoints import Checkpoint
+from lora_alpaca.config import ADAPTER_DIR, DEMO, UPSTREAM_DATA, FinetuneConfig
+from lora_alpaca.encoding import Encoder, Example
+from lora_alpaca.errors import ConfigError
+from lora_alpaca.models import Base, State
+from lora_alpaca.prompts import load_template
+from lora_alpaca.ranks import Ranks
+from lora_alpaca.records import Run
+from lora_alpaca.reports import Reporter, minutes
+from lora_alpaca.step import Learner
+
+
+def finetune(config: FinetuneConfig) -> Run:
+    """Train a LoRA adapter and return what came of it; the adapter lies, self-describing, in `config.output_dir`.
+
+    Reads the data, holds out a validation split, trains with AdamW, validates and writes checkpoints at intervals,
+    and keeps the adapter with the best validation loss. On one CPU, one config gives bit-identical adapters.
+    Raises the children of LoraAlpacaError, and those about options, folders and data before a model is loaded.
+    """
+    output_dir = Path(config.output_dir).expanduser()
+    if config.resume and folders.read_record(output_dir).get("status") == "finished":
+        print(f"{output_dir}: this run is already finished")
+        return records.finished_run(output_dir)
+    checkpoint_dir = _checkpoint_to_resume(config, output_dir)
+    template = load_template(config.prompt_template_name)
+
+    with Ranks(config) as ranks:
+        say = ranks.reporter.say
+        config = _with_recipe(config, ranks.reporter)
+        rows = data.load_conversations(config.data_path)
+        train_rows, validation_rows = data.split(rows, config.val_set_size, config.seed)
+
+        base = models.locate_base(config.base_model, config.revision, config.trust_remote_code)
+        config = _within_model(config, base, ranks.reporter)
+        tokenizer = models.load_tokenizer(base)
+        encoder = Encoder(tokenizer, template, config.cutoff_len, config.train_on_inputs, config.add_eos_token)
+        train, ledger = encoder.encode(train_rows)
+        validation, _ = encoder.encode(validation_rows)
+        counted, *warnings = ledger.lines(config.cutoff_len)
+        say(f"data: {config.data_path}: {counted}; {len(validation)} rows held out", *warnings)
+        if not config.add_eos_token:
+            say("warning: --add_eos_token False: the end token is not learned, so answers will not stop by themselves")
+
+        record = records.describe(config, base, template, ranks.placement, ranks.world_size, data.digest(rows))
+        resumed = checkpoints.load(checkpoint_dir) if checkpoint_dir else None
+        if resumed:
+            records.check_same(resumed.facts["record"], record)
+        plan = Plan(**resumed.facts["plan"]) if resumed else _plan(config, len(train), ranks.world_size)
+        say(f"base: {base.name}, {ranks.placement}", f"plan: {plan}")
+
+        torch.manual_seed(config.seed)  # the adapter's first weights are the same on every rank
+        model = models.load_base(base, ranks.placement)  # the first heavy step
+        if config.init_adapter:
+            model = models.load_adapter(model, Path(config.init_adapter).expanduser(), trainable=True)
+        else:
+            model = models.attach_adapter(model, config, base)
+        if not resumed:
+            plan.gradient_checkpointing = _wants_checkpointing(config, model, ranks.device, plan, train)
+        if plan.gradient_checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        learner = Learner(model, ranks, plan.micro_batch_size, tokenizer.pad_token_id, config.weight_decay, config.max_grad_norm)
+
+        if ranks.first:
+            say(*([] if resumed else folders.claim(output_dir, config.overwrite)))
+            output_dir.mkdir(parents=True, exist_ok=True)
+            folders.write_json(output_dir / folders.RECORD, record)
+        ranks.wait()
+        ranks.start_tracker(config, model)
+        torch.manual_seed(config.seed + 1 + ranks.rank)  # dropout differs from rank to rank
+        progress = _restored(resumed, learner, ranks) if resumed else Progress()
+
+        _train(config, plan, learner, ranks, train, validation, progress, record)
+
+        run = progress.result(output_dir)
+        if ranks.first:
+            state = progress.best or models.adapter_state(model)
+            records.save_adapter(output_dir, state, models.adapter_settings(model), tokenizer, record, run)
+        ranks.wait()
+        ranks.keep_model(config, output_dir)
+        say(f"adapter saved in {output_dir}: {run.steps} steps in {minutes(run.seconds)}{_gain(run)}")
+        return run
+
+
+@dataclass
+class Plan:
+    """The automatic choices, made once before the first step and used again when a run is resumed."""
+
+    total_steps: int
+    warmup_steps: int
+    eval_steps: int
+    save_steps: int
+    micro_batch_size: int
+    gradient_checkpointing: bool = False
+
+    def __str__(self) -> str:
+        return (
+            f"{self.total_steps} steps, {self.warmup_steps} of them warm-up; micro-batches of {self.micro_batch_size}; "
+            f"validation every {self.eval_steps}, checkpoint every {self.save_steps} steps"
+        )
+
+    def learning_rate(self, step: int, config: FinetuneConfig) -> float:
+        """Return the rate of a step, counted from 0: up in a line, then as --lr_scheduler says."""
+        if step < self.warmup_steps:
+            return config.learning_rate * (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        factors = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}
+        return config.learning_rate * factors[config.lr_scheduler]
+
+
+@dataclass
+class Progress:
+    """Where a run stands: everything that changes from step to step but the weights. It travels in the checkpoints."""
+
+    step: int = 0
+    seconds: float = 0.0
+    first_loss: float | None = None  # of validation, before the first step
+    best_loss: float = math.inf
+    best_step: int = 0
+    without_gain: int = 0  # validations since the best one
+    window_loss: float = 0.0  # summed over the labels since the last logged line
+    window_labels: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+    best: State = field(default_factory=dict)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what fits into JSON."""
+        return {key: value for key, value in asdict(self).items() if key != "best"}
+
+    def mean_loss(self) -> float:
+        """Return the mean loss per label since the last logged line."""
+        return self.window_loss / max(1, self.window_labels)
+
+    def result(self, output_dir: Path) -> Run:
+        """Return what the caller gets."""
+        validated = self.first_loss is not None
+        kept = (self.best_loss if validated else None, self.first_loss, self.best_step if validated else None)
+        return Run(output_dir, self.step, *kept, seconds=self.seconds, history=self.history)
+
+
+def _train(
+    config: FinetuneConfig,
+    plan: Plan,
+    learner: Learner,
+    ranks: Ranks,
+    train: Sequence[Example],
+    validation: Sequence[Example],
+    progress: Progress,
+    record: dict[str, Any],
+) -> None:
+    """Take the steps from `progress.step` to the plan's end; log, validate and write checkpoints in between."""
+    reporter, output_dir = ranks.reporter, Path(config.output_dir).expanduser()
+    lengths = [len(example.input_ids) for example in train]
+    if validation and progress.step == 0:
+        progress.first_loss = learner.evaluate(validation)
+        reporter.say(f"validation loss {progress.first_loss:.4f} before the first step")
+    clock = time.perf_counter
+    begun, window_begun, window_tokens = clock() - progress.seconds, clock(), 0
+    reporter.start(plan.total_steps, progress.step)
+
+    while progress.step < plan.total_steps:
+        rows = rows_of_step(progress.step, lengths, config.batch_size, config.seed, config.group_by_length)
+        rate = plan.learning_rate(progress.step, config)
+        step = learner.step([train[row] for row in rows], rate, progress.step + 1)
+        progress.step += 1
+        progress.window_loss += step.loss * step.labels
+        progress.window_labels += step.labels
+        progress.seconds = clock() - begun
+        window_tokens += step.tokens
+        speed = window_tokens / max(1e-9, clock() - window_begun)
+        reporter.progress(progress.step, progress.mean_loss(), speed)
+        last = progress.step == plan.total_steps
+
+        if progress.step % config.logging_steps == 0 or last:  # once in a while: say how it goes
+            figures = {"loss": progress.mean_loss(), "learning_rate": rate, "grad_norm": step.grad_norm, "tokens_per_second": speed}
+            reporter.interval(progress.step, figures["loss"], rate, speed)
+            progress.history.append({"step": progress.step, **figures})
+            ranks.track(figures, progress.step)
+            progress.window_loss, progress.window_labels = 0.0, 0
+            window_begun, window_tokens = clock(), 0
+
+        if validation and (progress.step % plan.eval_steps == 0 or last):  # once in a while: validate, keep the best
+            loss = learner.evaluate(validation)
+            progress.history.append({"step": progress.step, "validation_loss": loss})
+            ranks.track({"validation_loss": loss}, progress.step)
+            progress.without_gain += 1
+            if loss < progress.best_loss:
+                progress.best_loss, progress.best_step, progress.without_gain = loss, progress.step, 0
+                progress.best = models.adapter_state(learner.model)
+            reporter.say(f"validation loss {loss:.4f} at step {progress.step}" + ("" if progress.without_gain else ", the best"))
+            if progress.without_gain == config.early_stopping_patience:
+                reporter.say(f"stopped early: {progress.without_gain} validations without a better loss")
+                break
+
+        if progress.step % plan.save_steps == 0 and not last:  # once in a while: make sure nothing is lost
+            facts = {"step": progress.step, "plan": asdict(plan), "progress": progress.facts(), "record": record}
+            random_state = ranks.random_state()
+            if ranks.first:
+                state = models.adapter_state(learner.model)
+                checkpoint = Checkpoint(facts, state, learner.optimizer_state(), random_state, progress.best)
+                checkpoints.save(output_dir, checkpoint, models.adapter_settings(learner.model))
+                checkpoints.rotate(output_dir, config.save_total_limit)
+            ranks.wait()
+    reporter.stop()
+
+
+# ------------------------------------------------------------------------------------------- choices, made once
+
+
+def _with_recipe(config: FinetuneConfig, reporter: Reporter) -> FinetuneConfig:
+    """Return the config with base and data named, and the demo base's own values where the user said nothing."""
+    chosen: dict[str, Any] = {}
+    if not config.base_model:
+        chosen["base_model"] = DEMO
+        if config.data_path:
+            reporter.say("no --base_model given: using the tiny demo model in the package")
+    if not config.data_path:
+        chosen["data_path"] = UPSTREAM_DATA if config.base_model not in ("", DEMO) else DEMO
+    if chosen.get("base_model", config.base_model) == DEMO:
+        recipe = json.loads((models.demo_base().parent / "recipe.json").read_text(encoding="utf-8"))
+        recipe = {name: value for name, value in recipe.items() if not config.said(name)}
+        reporter.say("demo recipe: " + ", ".join(f"{name} {value}" for name, value in recipe.items()))
+        chosen |= recipe
+    return FinetuneConfig(**{name: getattr(config, name) for name in config.model_fields_set} | chosen)
+
+
+def _within_model(config: FinetuneConfig, base: Base, reporter: Reporter) -> FinetuneConfig:
+    """Return the config with rows no longer than the model can take; ConfigError if longer ones were asked for."""
+    if base.max_length is None or config.cutoff_len <= base.max_length:
+        return config
+    if config.said("cutoff_len"):
+        raise ConfigError(f"--cutoff_len {config.cutoff_len}: {base.name} takes at most {base.max_length} tokens")
+    reporter.say(f"cutoff_len is {base.max_length}, the most that {base.name} takes")
+    return config.model_copy(update={"cutoff_len": base.max_length})
+
+
+def _plan(config: FinetuneConfig, rows: int, world_size: int) -> Plan:
+    total = config.max_steps or math.ceil(config.num_epochs * steps_per_epoch(rows, config.batch_size))
+    warmup = min(100, math.ceil(total / 10)) if config.warmup_steps is None else config.warmup_steps
+    return Plan(
+        total_steps=total,
+        warmup_steps=min(warmup, total),
+        eval_steps=config.eval_steps or max(1, min(200, total // 4)),
+        save_steps=config.save_steps or 200,
+        micro_batch_size=config.micro_batch(world_size),
+    )
+
+
+def _wants_checkpointing(config: FinetuneConfig, model: Any, device: torch.device, plan: Plan, train: Sequence[Example]) -> bool:
+    """Return whether to recompute activations: as said, or on CUDA where the longest micro-batch might not fit.
+
+    The estimate, about 34 bytes a token, layer and unit of width plus the logits, is the one of arXiv:2205.05198 with
+    attention that keeps no score matrix.
+    """
+    if config.gradient_checkpointing != "auto":
+        return config.gradient_checkpointing == "true"
+    if device.type != "cuda":
+        return False
+    shape = model.config.get_text_config()
+    tokens = plan.micro_batch_size * max(len(example.input_ids) for example in train)
+    needed = tokens * (34 * shape.num_hidden_layers * shape.hidden_size + 10 * shape.vocab_size)
+    return needed > 0.7 * torch.cuda.mem_get_info(device)[0]
+
+
+# --------------------------------------------------------------------------------------------------------- resuming
+
+
+def _checkpoint_to_resume(config: FinetuneConfig, output_dir: Path) -> Path | None:
+    """Return the checkpoint folder to go on from, or None for a fresh start, for which the output folder is checked."""
+    if config.resume_from_checkpoint:
+        folder = checkpoints.named(config.resume_from_checkpoint)
+        folders.check(output_dir, overwrite=folders.standing(output_dir) == "unfinished", ways_on="")
+        return folder
+    if config.resume:
+        folder, passed = checkpoints.newest(output_dir)
+        print(*passed, f"resuming from {folder}" if folder else "--resume: no checkpoint yet; starting fresh", sep="\n")
+        if folder:
+            return folder
+    ways_on = "go on with --resume, or start anew with --overwrite"
+    folders.check(output_dir, config.overwrite or config.resume, ways_on)
+    return None
+
+
+def _restored(checkpoint: Checkpoint, learner: Learner, ranks: Ranks) -> Progress:
+    """Put adapter, optimizer and random states back, and return where the run stood."""
+    models.set_adapter_state(learner.model, checkpoint.adapter, "checkpoint")
+    learner.load_optimizer_state(checkpoint.optimizer)
+    ranks.restore_random_state(checkpoint.random)
+    return Progress(**checkpoint.facts["progress"], best=checkpoint.best)
+
+
+def _gain(run: Run) -> str:
+    if run.validation_loss is None or run.first_validation_loss is None:
+        return ""
+    return f"; validation loss {run.first_validation_loss:.4f} -> {run.validation_loss:.4f}"
