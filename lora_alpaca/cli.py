@@ -5,6 +5,7 @@ and stray words. Every value stays a string until pydantic checks it, and nothin
 """
 
 import difflib
+import logging
 import os
 import sys
 import textwrap
@@ -54,6 +55,7 @@ def _answer(words: list[str]) -> None:
 def _run(config: Options) -> None:
     """Hand a good config to the library function behind it; the heavy imports begin here."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its warning about forks is not the user's to solve
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # it urges to install `kernels`, which fetches code
     warnings.simplefilter("ignore", FutureWarning)  # nor are what libraries will rename in each other
     if isinstance(config, FinetuneConfig):
         from lora_alpaca.training import finetune

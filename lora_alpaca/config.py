@@ -241,7 +241,10 @@ class GenerateConfig(ModelOptions):
         auto="the base that the adapter records",
     )
     lora_weights: str = option(
-        "", "model and data", "Adapter folder.", auto=f"{ADAPTER_DIR}, if it was made for the base model"
+        "",
+        "model and data",
+        "Adapter folder, or its hub id; `none` answers with the base alone.",
+        auto=f"{ADAPTER_DIR}, if it was made for the base model",
     )
     prompt_template: str = option(
         "", "model and data", "Prompt template: a name, or a path.", auto="the one that the adapter records"

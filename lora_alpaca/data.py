@@ -74,7 +74,7 @@ def _decode(text: str, where: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
-        ends = error.pos >= len(text.rstrip())
+        ends = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string")
         around = " (the file ends too early: truncated?)" if ends else f", near {text[error.pos : error.pos + 40]!r}"
         raise DataError(f"{where}: not JSON at line {error.lineno}, column {error.colno}: {error.msg}{around}") from None
     except RecursionError:

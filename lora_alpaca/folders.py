@@ -141,3 +141,16 @@ def fresh_stage(folder: Path) -> Path:
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir(parents=True)
     return stage
+
+
+def publish(stage: Path, folder: Path, overwrite: bool) -> list[str]:
+    """Let a staged folder appear in its place and return what was done to make room. Nobody sees half of it."""
+    said = claim(folder, overwrite)
+    if any(folder.iterdir()):  # files of the user's own stay where they are, beside ours
+        for path in stage.iterdir():
+            os.replace(path, folder / path.name)
+        stage.rmdir()
+    else:
+        folder.rmdir()
+        os.replace(stage, folder)
+    return said

@@ -92,12 +92,14 @@ class Generator:
         if self.max_length is not None:
             sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, self.max_length - len(prompt)))
         with self._one_at_a_time:
-            shown = ""
+            shown = text = ""
             for ids in self._token_ids(prompt, sampling):
                 text = self.template.response(self._decode(ids))
-                if text.startswith(shown) and not text.endswith("\ufffd"):  # half a character waits for its other half
+                if len(text) > len(shown) and not text.endswith("\ufffd"):  # half a character waits for the other half
                     yield text[len(shown) :]
                     shown = text
+            if len(text) > len(shown):
+                yield text[len(shown) :]
 
     def reply_batch(self, prompts: list[tuple[str, str]], **changes: Any) -> list[str]:
         """Return the answers to (instruction, input) pairs, computed together, padded on the left."""
@@ -197,6 +199,8 @@ class Source:
 def _find(config: GenerateConfig) -> Source:
     """Return what a config names, or what the steps before have left here, and say which."""
     named = config.base_model or os.environ.get("BASE_MODEL", "")
+    if config.lora_weights == "none":
+        return _model_alone(config, named or DEMO)
     default = Path(ADAPTER_DIR)
     adapter = Path(config.lora_weights).expanduser() if config.lora_weights else None
     if adapter is None and (default / models.SETTINGS).is_file():

@@ -1,16 +1,11 @@
 """Tokenizer, base model and adapter: locate, load, attach, save. The one table of devices and precisions."""
 
 import json
-import logging
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read by huggingface_hub when transformers imports it
-logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # it urges to install `kernels`, which fetches code
 
 import torch
 import transformers
@@ -44,7 +39,7 @@ class Placement:
 
     def __str__(self) -> str:
         name = next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
-        return f"{quantization.BITS[self.bits]} base, {name} compute on {self.device}"
+        return f"{quantization.BITS[self.bits]} base, {name} compute on {self.device.type}"
 
 
 def place(options: ModelOptions, device: torch.device | None = None, default_bits: int = 16) -> tuple[Placement, list[str]]:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_alpaca import folders, models
+from lora_alpaca import __version__, folders, models
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.errors import AdapterError, CheckpointError
 from lora_alpaca.models import Base, Placement, State
@@ -52,7 +52,7 @@ def describe(
         "ranks": world_size,
         "data_sha256": data_digest,
         "options": config.model_dump(),
-        "versions": {"lora_alpaca": version()} | {name: _version(name) for name in LIBRARIES},
+        "versions": versions(),
     }
 
 
@@ -113,11 +113,9 @@ def read_origin(folder: Path) -> Origin:
     return Origin(record["base_model"], record["base_revision"], template)
 
 
-def version() -> str:
-    """Return the version of this library."""
-    from lora_alpaca import __version__
-
-    return __version__
+def versions() -> dict[str, str]:
+    """Return the versions of this library and of those that decide its results."""
+    return {"lora_alpaca": __version__} | {name: _version(name) for name in LIBRARIES}
 
 
 def _version(name: str) -> str:

@@ -1,0 +1,164 @@
+"""Merge an adapter into its base, prove that the result answers as base + adapter does, and save it whole.
+
+The merge is done on the unquantised base, in fp32 where the memory is there: W + scale * B A, rounded once. What is
+saved is an ordinary transformers folder with tokenizer, stop ids, and the prompt template in `lora_alpaca.json`.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from peft.tuners.lora import LoraLayer
+
+from lora_alpaca import folders, models, records
+from lora_alpaca.config import ExportConfig
+from lora_alpaca.encoding import TextEncoder
+from lora_alpaca.errors import AdapterError, ExportError, TemplateError
+from lora_alpaca.generation import stop_ids
+from lora_alpaca.models import DTYPES, Placement
+from lora_alpaca.prompts import Template, load_template
+from lora_alpaca.records import Origin
+
+PROBES = [("Tell me about alpacas.", ""), ("Name the capital of the country.", "Country: Peru"), ("Add the numbers.", "2 + 3")]
+FP32_TOLERANCE = 1e-4  # of the largest logit; an fp32 merge of a 32-layer model stays below 1e-5
+
+
+def export_hf(config: ExportConfig) -> Path:
+    """Merge an adapter into its base and return the folder of the saved model.
+
+    Raises AdapterError for an adapter that does not fit or changes nothing, and ExportError if the merged model's
+    logits are not those of base + adapter; in both cases nothing is written.
+    """
+    output_dir, adapter = Path(config.output_dir).expanduser(), Path(config.lora_weights).expanduser()
+    if not (adapter / models.SETTINGS).is_file():
+        raise AdapterError(f"--lora_weights {adapter}: no adapter there; train one first: python finetune.py --output_dir {adapter}")
+    folders.check(output_dir, config.overwrite, "remove it, or pass --overwrite")
+    origin = records.read_origin(adapter)
+    template = _template(config, origin, adapter)
+    named = config.base_model or os.environ.get("BASE_MODEL", "") or origin.base_model
+    if not named:
+        raise AdapterError(f"{adapter} does not record its base model; name it with --base_model")
+    if named != origin.base_model and origin.base_model:
+        print(f"merging into {named}, as asked; the adapter records {origin.base_model}")
+    revision = config.revision or (origin.base_revision if named == origin.base_model else None)
+    base = models.locate_base(named, revision, config.trust_remote_code)
+    tokenizer = models.load_tokenizer(base, adapter if (adapter / "tokenizer_config.json").is_file() else None)
+
+    device = models.pick_device("cpu" if config.device == "auto" else config.device)
+    stored = base.config.get_text_config().dtype or torch.float32
+    target = stored if config.dtype == "auto" else DTYPES[config.dtype]
+    model = models.load_base(base, Placement(device, stored, bits=16))
+    if _fits_in_fp32(model, device):
+        model = model.float()
+    print(f"merging {adapter} into {base.name} in {str(model.dtype).removeprefix('torch.')}")
+    peft_model = models.load_adapter(model, adapter).eval()
+
+    probes = _probe_ids(tokenizer, template)
+    with peft_model.disable_adapter():
+        plain = _logits(peft_model, probes)
+    tuned = _logits(peft_model, probes)
+    changed = _merge(peft_model, adapter)
+    merged = peft_model.unload()  # the layers are merged already
+    receipt = _compare(plain, tuned, _logits(merged, probes), exact=merged.dtype == torch.float32)
+    merged = merged.to(target)
+    receipt |= _rounding(plain, tuned, _logits(merged, probes), target) | {"changed_weights": changed}
+
+    merged.generation_config.eos_token_id = stop_ids(merged, tokenizer) or None
+    stage = folders.fresh_stage(output_dir)
+    merged.save_pretrained(stage)
+    tokenizer.save_pretrained(stage)
+    record = {
+        "kind": "merged model",
+        "status": "finished",
+        "base_model": base.name,
+        "base_revision": base.revision,
+        "adapter": str(adapter.resolve()),
+        "template": template.to_json(),
+        "stop_ids": stop_ids(merged, tokenizer),
+        "receipt": receipt,
+        "versions": records.versions(),
+        "files": folders.files_below(stage),
+    }
+    folders.write_json(stage / folders.RECORD, record)
+    said = folders.publish(stage, output_dir, config.overwrite)
+    print(*said, _summary(receipt), f"merged model saved in {output_dir}", sep="\n")
+    return output_dir
+
+
+def _template(config: ExportConfig, origin: Origin, adapter: Path) -> Template:
+    """Return the template to save with the model; TemplateError if it cannot be known."""
+    asked = load_template(config.prompt_template) if config.prompt_template else None
+    if asked and origin.template and asked.digest() != origin.template.digest():
+        raise TemplateError(f"--prompt_template {asked.name}: the adapter was trained with {origin.template.name}; leave the flag out")
+    if not (found := origin.template or asked):
+        raise TemplateError(f"{adapter} records no prompt template; name the one it was trained with: --prompt_template alpaca")
+    if not origin.template:
+        print("warning: nothing records which prompt template this adapter was trained with; it cannot be checked")
+    return found
+
+
+def _fits_in_fp32(model: Any, device: torch.device) -> bool:
+    """Return whether the model can be held in fp32 beside its stored weights, with a fifth of the memory to spare."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return sum(parameter.numel() for parameter in model.parameters()) * 4 < 0.8 * free
+
+
+def _probe_ids(tokenizer: Any, template: Template) -> list[torch.Tensor]:
+    """Return a few prompts as the adapter was trained to read them, int64 [1, T] each."""
+    encoder = TextEncoder(tokenizer)
+    return [torch.tensor([ids]) for ids in encoder.beginning([template.prompt(*probe) for probe in PROBES])]
+
+
+@torch.inference_mode()
+def _logits(model: Any, probes: list[torch.Tensor]) -> torch.Tensor:
+    """Return the logits of all probes, fp32 [all tokens, V], on the CPU."""
+    return torch.cat([model(input_ids=ids.to(model.device), use_cache=False).logits[0].float().cpu() for ids in probes])
+
+
+def _merge(model: Any, adapter: Path) -> int:
+    """Merge layer by layer and return how many weights changed; AdapterError if none does."""
+    changed = 0
+    for layer in (part for part in model.modules() if isinstance(part, LoraLayer)):
+        weight = layer.get_base_layer().weight
+        before = weight.detach().clone()
+        layer.merge(safe_merge=True)  # raises on NaN before it touches the weight
+        changed += int(not torch.equal(before, layer.get_base_layer().weight))
+    if not changed:
+        raise AdapterError(f"{adapter}: merging it changes no weight; the adapter is empty (B is zero)")
+    return changed
+
+
+def _compare(plain: torch.Tensor, tuned: torch.Tensor, merged: torch.Tensor, exact: bool) -> dict[str, float]:
+    """Return the receipt of the merge; ExportError if the merged logits are not those of base + adapter.
+
+    In fp32 they must agree to 1e-4. In a shorter precision both sides carry its noise, so the merged logits must at
+    least be ten times nearer to base + adapter than to the base, or within that precision's noise.
+    """
+    error = ((merged - tuned).abs().max() / tuned.abs().max()).item()
+    effect = ((tuned - plain).abs().max() / tuned.abs().max()).item()
+    allowed = FP32_TOLERANCE if exact else max(0.1 * effect, 0.02)
+    if not error <= allowed:
+        raise ExportError(f"the merged model's logits differ from base + adapter by {error:.1e} of the largest, {allowed:.0e} is allowed")
+    return {"adapter_effect": effect, "merge_error": error}
+
+
+def _rounding(plain: torch.Tensor, tuned: torch.Tensor, saved: torch.Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    """Return what rounding to the saved dtype did: its share of the adapter's effect, and how often the top token stays."""
+    lost = ((saved - tuned).norm() / (tuned - plain).norm().clamp_min(1e-12)).item()
+    same = (saved.argmax(-1) == tuned.argmax(-1)).float().mean().item()
+    return {"saved_dtype": str(dtype).removeprefix("torch."), "rounding_share": lost, "same_top_token": same}
+
+
+def _summary(receipt: dict[str, Any]) -> str:
+    line = (
+        f"merge checked: {receipt['changed_weights']} weights changed; logits equal base + adapter to {receipt['merge_error']:.1e}; "
+        f"as {receipt['saved_dtype']} the top token is the same at {receipt['same_top_token']:.1%} of the probed places"
+    )
+    if receipt["rounding_share"] > 0.5:
+        line += (
+            f"\nwarning: rounding to {receipt['saved_dtype']} is {receipt['rounding_share']:.0%} of what the adapter changes; "
+            "--dtype fp32 keeps it"
+        )
+    return line

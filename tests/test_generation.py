@@ -1,0 +1,101 @@
+import pytest
+import torch
+
+from lora_alpaca import GenerateConfig, Generator
+from lora_alpaca.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def generator(tiny_llama):
+    config = GenerateConfig(
+        base_model=str(tiny_llama), lora_weights="none", prompt_template="alpaca", max_new_tokens=12, dtype="fp32", device="cpu"
+    )
+    return Generator.load(config)
+
+
+ASK = ("Where does the owl live?", "")
+
+
+def test_pieces_join_to_the_reply(generator):
+    for changes in ({"temperature": 0}, {"temperature": 1.5, "seed": 3}, {"num_beams": 3, "temperature": 0}):
+        pieces = list(generator.stream(*ASK, **changes))
+        assert "".join(pieces) == generator.reply(*ASK, **changes)
+    assert len(list(generator.stream(*ASK, temperature=0))) > 1
+
+
+def test_every_sampling_control_has_an_effect(generator):
+    """Upstream never sets do_sample: temperature, top p and top k do nothing (issue 232)."""
+
+    def replies(**changes):
+        return {generator.reply(*ASK, seed=seed, **{"temperature": 2.0, "top_p": 1.0, "top_k": 0} | changes) for seed in range(6)}
+
+    greedy = generator.reply(*ASK, temperature=0)
+    assert len(replies()) > 3
+    assert replies(temperature=0) == {greedy}
+    assert replies(top_k=1) == {greedy}
+    assert replies(top_p=1e-6) == {greedy}
+    assert greedy.startswith(generator.reply(*ASK, temperature=0, max_new_tokens=3))
+    assert len(generator.reply(*ASK, temperature=0, max_new_tokens=3)) < len(greedy)
+    assert generator.reply(*ASK, temperature=0, num_beams=4) != greedy
+
+
+def test_a_seed_repeats_an_answer(generator):
+    assert generator.reply(*ASK, temperature=2.0, seed=5) == generator.reply(*ASK, temperature=2.0, seed=5)
+
+
+def test_a_batch_answers_as_one_by_one(generator):
+    asked = [("Hi.", ""), ("Where does the camel live, and what does it eat?", "Animal: camel"), ("Add the numbers.", "2 + 7")]
+    assert generator.reply_batch(asked, temperature=0) == [generator.reply(*pair, temperature=0) for pair in asked]
+
+
+def test_it_stops_at_the_end_token_and_does_not_show_it(generator):
+    stop = generator.tokenizer.eos_token_id
+    hello = generator.tokenizer("Hello", add_special_tokens=False)["input_ids"]
+    assert generator._decode([*hello, stop, *hello]) == generator._decode(hello)
+    assert generator.stop_ids == [stop]
+
+
+def test_closing_a_stream_stops_the_model(generator, monkeypatch):
+    calls = []
+    forward = generator.model.forward
+    monkeypatch.setattr(generator.model, "forward", lambda *a, **k: (calls.append(1), forward(*a, **k))[1])
+    stream = generator.stream(*ASK, temperature=0, max_new_tokens=400)
+    next(stream)
+    stream.close()
+    assert len(calls) < 50
+
+
+def test_an_error_in_the_model_reaches_the_caller(generator, monkeypatch):
+    """Upstream swallows it in the thread: the page just stays empty."""
+    monkeypatch.setattr(generator.model, "forward", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        generator.reply(*ASK)
+
+
+def test_a_prompt_longer_than_the_model_is_refused(generator):
+    with pytest.raises(ConfigError, match="this model takes at most 512"):
+        generator.reply("word " * 600)
+
+
+def test_the_answer_ends_where_the_model_does(generator, monkeypatch):
+    long = "word " * 60
+    length = len(generator._encoder.beginning([generator.template.prompt(long)])[0])
+    assert length < 512
+    outputs = []
+    generate = generator._generate
+    monkeypatch.setattr(generator, "_generate", lambda *args: outputs.append(generate(*args)) or outputs[-1])
+    generator.reply(long, temperature=0, max_new_tokens=100_000)
+    assert outputs[0].shape[1] <= 512
+
+
+def test_what_training_saw_is_what_generation_feeds(generator, monkeypatch):
+    from lora_alpaca.encoding import Encoder
+    from lora_alpaca.prompts import Conversation
+
+    fed = []
+    monkeypatch.setattr(generator, "_generate", lambda ids, *rest: fed.append(ids[0].tolist()) or torch.tensor([[*ids[0].tolist(), 2]]))
+    generator.reply("Say {input} and </s>.", "Ä 12")
+    rows = [Conversation("Say {input} and </s>.", "Ä 12", "Yes.")]
+    example = Encoder(generator.tokenizer, generator.template, 512).encode(rows)[0][0]
+    assert example.input_ids[: len(fed[0])] == fed[0]
+    assert example.labels[len(fed[0]) - 1] == -100 != example.labels[len(fed[0])]

@@ -1,0 +1,129 @@
+"""The gradient of one optimizer step does not depend on how its rows are cut up."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from lora_alpaca import models
+from lora_alpaca.config import FinetuneConfig
+from lora_alpaca.encoding import Encoder, Example
+from lora_alpaca.errors import TrainingError
+from lora_alpaca.prompts import load_template
+from lora_alpaca.ranks import Ranks
+from lora_alpaca.step import Learner
+
+OPTIONS = {"load_8bit": False, "dtype": "fp32", "device": "cpu", "lora_dropout": 0.0}
+
+
+def gradients(folder, rows, micro_batch_size, **options):
+    """Return the LoRA gradients of one step over all rows, with B not zero, as one vector, and the mean loss."""
+    config = FinetuneConfig(**OPTIONS | options)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    examples, _ = Encoder(tokenizer, load_template("alpaca_short"), 128).encode(rows)
+    with Ranks(config) as ranks:
+        torch.manual_seed(0)
+        base = models.locate_base(str(folder))
+        model = models.attach_adapter(models.load_base(base, ranks.placement), config, base)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.02)
+        learner = Learner(model, ranks, micro_batch_size, pad_id=0, weight_decay=0.0, max_norm=0.0)
+        kept = []
+        learner.optimizer.step = lambda: kept.append(torch.cat([p.grad.flatten().clone() for p in learner.parameters]))
+        step = learner.step(examples, 0.0, number=1)
+    return kept[0], step.loss
+
+
+def reference(folder, rows):
+    """Return the same from plain transformers and PEFT: one padded batch, mean loss over its labels."""
+    config = FinetuneConfig(**OPTIONS)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    examples, _ = Encoder(tokenizer, load_template("alpaca_short"), 128).encode(rows)
+    torch.manual_seed(0)
+    base = models.locate_base(str(folder))
+    placement = models.place(config)[0]
+    model = models.attach_adapter(models.load_base(base, placement), config, base)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    longest = max(len(example.input_ids) for example in examples)
+    filled = [[*e.input_ids, *[0] * (longest - len(e.input_ids))] for e in examples]
+    labels = [[*e.labels, *[-100] * (longest - len(e.labels))] for e in examples]
+    mask = [[1] * len(e.input_ids) + [0] * (longest - len(e.input_ids)) for e in examples]
+    loss = model(input_ids=torch.tensor(filled), attention_mask=torch.tensor(mask), labels=torch.tensor(labels)).loss
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in models.trainable(model)]), loss.item()
+
+
+def test_any_micro_batch_gives_the_gradient_of_the_whole_batch(tiny_llama, rows):
+    expected, loss = reference(tiny_llama, rows[:12])
+    for micro_batch_size in (1, 3, 5, 12):
+        found, found_loss = gradients(tiny_llama, rows[:12], micro_batch_size)
+        assert (found - expected).norm() / expected.norm() < 1e-5
+        assert found_loss == pytest.approx(loss, rel=1e-6)
+
+
+def test_two_ranks_give_the_gradient_of_one(tiny_llama, rows, tmp_path):
+    program = tmp_path / "two_ranks.py"
+    program.write_text(
+        textwrap.dedent(f"""
+        import sys; sys.path[:0] = {sys.path!r}
+        import torch
+        from lora_alpaca.prompts import Conversation
+        from test_step import gradients
+        rows = {rows[:7]!r}
+        found, loss = gradients({str(tiny_llama)!r}, rows, 2)
+        import os
+        torch.save((found, loss), {str(tmp_path)!r} + "/" + os.environ["RANK"])
+        """)
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(program)]
+    subprocess.run(launcher, check=True, capture_output=True, cwd=tmp_path)
+    expected, loss = gradients(tiny_llama, rows[:7], 7)
+    for rank in "01":
+        found, found_loss = torch.load(tmp_path / rank)
+        assert (found - expected).norm() / expected.norm() < 1e-5
+        assert found_loss == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_moves_nothing(tiny_llama, rows):
+    config = FinetuneConfig(**OPTIONS)
+    with Ranks(config) as ranks:
+        base = models.locate_base(str(tiny_llama))
+        model = models.attach_adapter(models.load_base(base, ranks.placement), config, base)
+        learner = Learner(model, ranks, 2, pad_id=0, weight_decay=0.0, max_norm=1.0)
+        before = models.adapter_state(model)
+        model.get_output_embeddings().weight.data[0] = float("nan")
+        with pytest.raises(TrainingError, match="step 7: the loss is nan"):
+            learner.step([Example([1, 5, 6], [-100, 5, 6])], 1e-3, number=7)
+        after = models.adapter_state(model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_validation_loss_does_not_depend_on_the_micro_batch(tiny_llama, rows):
+    config = FinetuneConfig(**OPTIONS)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    examples, _ = Encoder(tokenizer, load_template("alpaca_short"), 128).encode(rows[:9])
+    with Ranks(config) as ranks:
+        base = models.locate_base(str(tiny_llama))
+        model = models.attach_adapter(models.load_base(base, ranks.placement), config, base)
+        losses = [Learner(model, ranks, size, 0, 0.0, 1.0).evaluate(examples) for size in (1, 4, 9)]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+
+
+def test_optimizer_state_comes_back(tiny_llama, rows):
+    config = FinetuneConfig(**OPTIONS)
+    with Ranks(config) as ranks:
+        base = models.locate_base(str(tiny_llama))
+        model = models.attach_adapter(models.load_base(base, ranks.placement), config, base)
+        learner = Learner(model, ranks, 2, pad_id=0, weight_decay=0.0, max_norm=1.0)
+        learner.step([Example([1, 5, 6], [-100, 5, 6])], 1e-3, number=1)
+        state = learner.optimizer_state()
+        again = Learner(model, ranks, 2, pad_id=0, weight_decay=0.0, max_norm=1.0)
+        again.load_optimizer_state(state)
+    assert state
+    assert all(torch.equal(state[name], again.optimizer_state()[name]) for name in state)
