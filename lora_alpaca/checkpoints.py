@@ -1,12 +1,12 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped, written whole or not at all.
 
-    checkpoint-200/
-      adapter_model.safetensors, adapter_config.json   the adapter, as PEFT reads it
-      optimizer.safetensors                            AdamW's moments, by parameter
-      random.safetensors                               the random state of every rank
-      best.safetensors                                 the adapter with the best validation loss so far, if there is one
-      state.json                                       step, plan, history, best loss, options
-      manifest.json                                    size and sha256 of each of these, written last
+checkpoint-200/
+  adapter_model.safetensors, adapter_config.json   the adapter, as PEFT reads it
+  optimizer.safetensors                            AdamW's moments, by parameter
+  random.safetensors                               the random state of every rank
+  best.safetensors                                 the adapter with the best validation loss so far, if there is one
+  state.json                                       step, plan, history, best loss, options
+  manifest.json                                    size and sha256 of each of these, written last
 """
 
 import json
@@ -19,8 +19,8 @@ from typing import Any
 from safetensors.torch import load_file
 
 from lora_alpaca import folders
+from lora_alpaca.adapters import SETTINGS, WEIGHTS, State
 from lora_alpaca.errors import CheckpointError, ConfigError
-from lora_alpaca.models import SETTINGS, WEIGHTS, State
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -47,7 +47,10 @@ def save(output_dir: Path, checkpoint: Checkpoint, settings: dict[str, Any]) -> 
         folders.write_tensors(stage / "best.safetensors", checkpoint.best)
     folders.write_json(stage / SETTINGS, settings)
     folders.write_json(stage / "state.json", checkpoint.facts)
-    files = {name: {"bytes": (stage / name).stat().st_size, "sha256": folders.sha256(stage / name)} for name in folders.files_below(stage)}
+    files = {
+        name: {"bytes": (stage / name).stat().st_size, "sha256": folders.sha256(stage / name)}
+        for name in folders.files_below(stage)
+    }
     folders.write_json(stage / folders.CHECKPOINT_FILES, {"step": checkpoint.facts["step"], "files": files})
     if folder.exists():  # a resumed run has come to the same step again, with the same result
         folders.remove_checkpoint(folder)
@@ -91,7 +94,9 @@ def newest(output_dir: Path) -> tuple[Path | None, list[str]]:
             return folder, passed
         passed.append(f"passed over {folder}: {reason}")
     if passed:
-        raise CheckpointError(f"--resume: no checkpoint in {output_dir} is whole ({'; '.join(passed)}); start anew with --overwrite")
+        raise CheckpointError(
+            f"--resume: no checkpoint in {output_dir} is whole ({'; '.join(passed)}); start anew with --overwrite"
+        )
     return None, passed
 
 
@@ -101,7 +106,11 @@ def named(path: str) -> Path:
     if not folder.is_dir():
         raise ConfigError(f"--resume_from_checkpoint {path}: no such folder")
     if not (folder / folders.CHECKPOINT_FILES).is_file():
-        hint = f"; to start from these weights with a fresh optimizer: --init_adapter {path}" if (folder / SETTINGS).is_file() else ""
+        hint = (
+            f"; to start from these weights with a fresh optimizer: --init_adapter {path}"
+            if (folder / SETTINGS).is_file()
+            else ""
+        )
         raise ConfigError(f"--resume_from_checkpoint {path}: holds no checkpoint{hint}")
     if reason := damage(folder):
         raise CheckpointError(f"--resume_from_checkpoint {path}: {reason}")

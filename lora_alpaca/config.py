@@ -81,10 +81,17 @@ class ModelOptions(Options):
         "", "model and data", "Base model: a local folder, a hub id, or `demo` for the tiny model in the package."
     )
     revision: str | None = option(
-        None, "model and data", "Branch, tag or commit of a base model from the hub; the commit is recorded.", auto="main"
+        None,
+        "model and data",
+        "Branch, tag or commit of a base model from the hub; the commit is recorded.",
+        auto="main",
     )
-    trust_remote_code: bool = option(False, "model and data", "Run Python code that the base model's repository brings.")
-    load_8bit: bool | None = option(None, "precision", "Hold the frozen base in 8 bits (LLM.int8).", auto="see the docs")
+    trust_remote_code: bool = option(
+        False, "model and data", "Run Python code that the base model's repository brings."
+    )
+    load_8bit: bool | None = option(
+        None, "precision", "Hold the frozen base in 8 bits (LLM.int8).", auto="see the docs"
+    )
     load_4bit: bool = option(False, "precision", "Hold the frozen base in 4 bits (NF4).")
     dtype: Dtype = option(
         "auto",
@@ -119,7 +126,9 @@ class FinetuneConfig(ModelOptions):
     prompt_template_name: str = option(
         "alpaca", "model and data", "Prompt template: a name from templates/, or the path of a .json file."
     )
-    cutoff_len: int = option(512, "model and data", "Longest row; what is beyond is cut, and counted.", unit="tokens", ge=2)
+    cutoff_len: int = option(
+        512, "model and data", "Longest row; what is beyond is cut, and counted.", unit="tokens", ge=2
+    )
     val_set_size: Finite | None = option(
         None,
         "model and data",
@@ -135,7 +144,9 @@ class FinetuneConfig(ModelOptions):
     micro_batch_size: int = option(
         4, "training", "Rows per forward pass and device; unless given, fitted to --batch_size.", unit="rows", ge=1
     )
-    num_epochs: Finite = option(3, "training", "Passes over the data; may be a fraction.", unit="epochs", gt=0, le=10_000)
+    num_epochs: Finite = option(
+        3, "training", "Passes over the data; may be a fraction.", unit="epochs", gt=0, le=10_000
+    )
     max_steps: int | None = option(
         None, "training", "Optimizer steps, instead of --num_epochs.", unit="steps", auto="from --num_epochs", ge=1
     )
@@ -144,7 +155,12 @@ class FinetuneConfig(ModelOptions):
         "linear", "training", "What the rate does after the warm-up: linear, cosine or constant."
     )
     warmup_steps: int | None = option(
-        None, "training", "Steps in which the rate rises to its peak.", unit="steps", auto="a tenth of all, at most 100", ge=0
+        None,
+        "training",
+        "Steps in which the rate rises to its peak.",
+        unit="steps",
+        auto="a tenth of all, at most 100",
+        ge=0,
     )
     weight_decay: Finite = option(0.0, "training", "AdamW weight decay of the LoRA parameters.", ge=0)
     max_grad_norm: Finite = option(1.0, "training", "Gradients are scaled down to this norm; 0 turns it off.", ge=0)
@@ -160,7 +176,7 @@ class FinetuneConfig(ModelOptions):
     lora_target_modules: Names = option(
         ["q_proj", "v_proj"],
         "LoRA",
-        "Modules that get an adapter: a list of names, or all-linear. Unless given, what the architecture calls q and v.",
+        "Modules that get an adapter: names, or all-linear. Unless given, what the architecture calls q and v.",
     )
     use_rslora: bool = option(False, "LoRA", "Scale by alpha / sqrt(r) instead (arXiv:2312.03732).")
     use_dora: bool = option(False, "LoRA", "Learn magnitude and direction apart (arXiv:2402.09353).")
@@ -169,13 +185,20 @@ class FinetuneConfig(ModelOptions):
     )
 
     eval_steps: int | None = option(
-        None, "progress and saving", "Validate every so many steps.", unit="steps", auto="200, at most a fourth of the run", ge=1
+        None,
+        "progress and saving",
+        "Validate every so many steps.",
+        unit="steps",
+        auto="200, at most a fourth of the run",
+        ge=1,
     )
     save_steps: int | None = option(
         None, "progress and saving", "Write a checkpoint every so many steps.", unit="steps", auto="200", ge=1
     )
     logging_steps: int = option(10, "progress and saving", "Report the loss every so many steps.", unit="steps", ge=1)
-    save_total_limit: int = option(3, "progress and saving", "Checkpoints kept; the oldest go first.", unit="folders", ge=1)
+    save_total_limit: int = option(
+        3, "progress and saving", "Checkpoints kept; the oldest go first.", unit="folders", ge=1
+    )
     early_stopping_patience: int | None = option(
         None,
         "progress and saving",
@@ -206,7 +229,9 @@ class FinetuneConfig(ModelOptions):
         if self.overwrite and (self.resume or self.resume_from_checkpoint):
             raise ConfigError("--resume and --overwrite exclude each other: go on with the run, or start anew")
         if self.resume and self.resume_from_checkpoint:
-            raise ConfigError("--resume takes the newest checkpoint, --resume_from_checkpoint a named one; give one of them")
+            raise ConfigError(
+                "--resume takes the newest checkpoint, --resume_from_checkpoint a named one; give one of them"
+            )
         if (size := self.val_set_size) is not None and size >= 1 and size != int(size):
             raise ConfigError(f"--val_set_size {size}: a whole number of rows, or a share below 1")
         self.micro_batch(int(os.environ.get("WORLD_SIZE", "1")))
@@ -253,14 +278,22 @@ class GenerateConfig(ModelOptions):
     input: str = option("", "what to answer", "Input that goes with --instruction.")
     chat: bool = option(False, "what to answer", "Read instructions from the terminal, one a line.")
     server_name: str = option("127.0.0.1", "web page", "Address to listen on; 0.0.0.0 opens it to the network.")
-    server_port: int | None = option(None, "web page", "Port to listen on.", auto="7860, or the next free one", ge=1, le=65535)
+    server_port: int | None = option(
+        None, "web page", "Port to listen on.", auto="7860, or the next free one", ge=1, le=65535
+    )
     share_gradio: bool = option(False, "web page", "Ask Gradio for a public link to the page.")
-    temperature: Finite = option(0.1, "sampling", "Sampling temperature; 0 always takes the likeliest token.", ge=0, le=10)
+    temperature: Finite = option(
+        0.1, "sampling", "Sampling temperature; 0 always takes the likeliest token.", ge=0, le=10
+    )
     top_p: Finite = option(0.75, "sampling", "Sample from the likeliest tokens that make up this share.", gt=0, le=1)
-    top_k: int = option(40, "sampling", "Sample from so many of the likeliest tokens; 0 is no limit.", unit="tokens", ge=0)
+    top_k: int = option(
+        40, "sampling", "Sample from so many of the likeliest tokens; 0 is no limit.", unit="tokens", ge=0
+    )
     num_beams: int = option(1, "sampling", "Beams of the search; 1 is plain sampling.", unit="beams", ge=1, le=16)
     max_new_tokens: int = option(128, "sampling", "Longest answer.", unit="tokens", ge=1)
-    seed: int | None = option(None, "sampling", "Seed of the sampling.", auto="another answer every time", ge=0, lt=2**32)
+    seed: int | None = option(
+        None, "sampling", "Seed of the sampling.", auto="another answer every time", ge=0, lt=2**32
+    )
 
     @model_validator(mode="after")
     def _one_mode(self) -> Self:
@@ -283,12 +316,16 @@ class ExportConfig(Options):
     revision: str | None = option(
         None, "model and data", "Branch, tag or commit of the base model.", auto="the commit that the adapter records"
     )
-    trust_remote_code: bool = option(False, "model and data", "Run Python code that the base model's repository brings.")
+    trust_remote_code: bool = option(
+        False, "model and data", "Run Python code that the base model's repository brings."
+    )
     lora_weights: str = option(ADAPTER_DIR, "model and data", "Adapter folder.")
     output_dir: str = option(EXPORT_DIR, "model and data", "Folder for the merged model.")
     prompt_template: str = option(
         "", "model and data", "Prompt template: a name, or a path.", auto="the one that the adapter records"
     )
-    dtype: Dtype = option("auto", "precision", "Dtype of the saved weights; auto is the one that the base is stored in.")
+    dtype: Dtype = option(
+        "auto", "precision", "Dtype of the saved weights; auto is the one that the base is stored in."
+    )
     device: Device = option("auto", "precision", "Where to merge; auto is the CPU.")
     overwrite: bool = option(False, "saving", "Remove what an earlier export left in --output_dir.")

@@ -76,7 +76,9 @@ def _decode(text: str, where: str) -> Any:
     except json.JSONDecodeError as error:
         ends = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string")
         around = " (the file ends too early: truncated?)" if ends else f", near {text[error.pos : error.pos + 40]!r}"
-        raise DataError(f"{where}: not JSON at line {error.lineno}, column {error.colno}: {error.msg}{around}") from None
+        raise DataError(
+            f"{where}: not JSON at line {error.lineno}, column {error.colno}: {error.msg}{around}"
+        ) from None
     except RecursionError:
         raise DataError(f"{where}: nested too deeply") from None
     except ValueError as error:  # from the two hooks below
@@ -88,7 +90,9 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(row) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} is given twice in one row (instruction: {str(row.get('instruction'))[:40]!r})")
+        raise ValueError(
+            f"the key {twice!r} is given twice in one row (instruction: {str(row.get('instruction'))[:40]!r})"
+        )
     return row
 
 
@@ -104,7 +108,9 @@ def _read_hub(dataset: str) -> Iterator[tuple[int, Any]]:
         rows = datasets.load_dataset(dataset, split="train")
     except Exception as error:  # the hub's many errors have no common base; the user needs the name and the reason
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"--data_path {dataset}: not a local file, and the hub gives none ({reason}); pass a .json file") from None
+        raise DataError(
+            f"--data_path {dataset}: not a local file, and the hub gives none ({reason}); pass a .json file"
+        ) from None
     yield from enumerate(rows, start=1)
 
 
@@ -141,7 +147,9 @@ def split(rows: Sequence[Any], val_set_size: float | None, seed: int) -> tuple[l
     else:
         held_out = int(val_set_size)
     if held_out >= len(rows):
-        raise DataError(f"--val_set_size {held_out}: there are only {len(rows)} rows, and none would be left to train on")
+        raise DataError(
+            f"--val_set_size {held_out}: there are only {len(rows)} rows, and none would be left to train on"
+        )
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
     validation = set(order[:held_out])

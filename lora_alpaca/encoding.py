@@ -120,7 +120,12 @@ class Encoder:
     """Conversations to examples, for one tokenizer, one template and one set of choices."""
 
     def __init__(
-        self, tokenizer: Any, template: Template, cutoff_len: int, train_on_inputs: bool = False, add_eos_token: bool = True
+        self,
+        tokenizer: Any,
+        template: Template,
+        cutoff_len: int,
+        train_on_inputs: bool = False,
+        add_eos_token: bool = True,
     ):
         self.text = TextEncoder(tokenizer)
         self.template = template
@@ -155,7 +160,9 @@ class Encoder:
     def _encode_runs(self, rendered: Sequence[Sequence[Run]]) -> list[Example]:
         """Return one example a row: ids and labels of its runs, added together piece by piece."""
         firsts = iter(self.text.beginning([runs[0].text or "" for runs in rendered]))
-        rests = iter(self.text.continuation([run.text for runs in rendered for run in runs[1:] if run.text is not None]))
+        rests = iter(
+            self.text.continuation([run.text for runs in rendered for run in runs[1:] if run.text is not None])
+        )
         examples = []
         for runs in rendered:
             example = Example([], [])

@@ -12,7 +12,7 @@ import psutil
 import torch
 from peft.tuners.lora import LoraLayer
 
-from lora_alpaca import folders, models, records
+from lora_alpaca import adapters, folders, models, records
 from lora_alpaca.config import ExportConfig
 from lora_alpaca.encoding import TextEncoder
 from lora_alpaca.errors import AdapterError, ExportError, TemplateError
@@ -21,7 +21,11 @@ from lora_alpaca.models import DTYPES, Placement
 from lora_alpaca.prompts import Template, load_template
 from lora_alpaca.records import Origin
 
-PROBES = [("Tell me about alpacas.", ""), ("Name the capital of the country.", "Country: Peru"), ("Add the numbers.", "2 + 3")]
+PROBES = [
+    ("Tell me about alpacas.", ""),
+    ("Name the capital of the country.", "Country: Peru"),
+    ("Add the numbers.", "2 + 3"),
+]
 FP32_TOLERANCE = 1e-4  # of the largest logit; an fp32 merge of a 32-layer model stays below 1e-5
 
 
@@ -32,8 +36,10 @@ def export_hf(config: ExportConfig) -> Path:
     logits are not those of base + adapter; in both cases nothing is written.
     """
     output_dir, adapter = Path(config.output_dir).expanduser(), Path(config.lora_weights).expanduser()
-    if not (adapter / models.SETTINGS).is_file():
-        raise AdapterError(f"--lora_weights {adapter}: no adapter there; train one first: python finetune.py --output_dir {adapter}")
+    if not (adapter / adapters.SETTINGS).is_file():
+        raise AdapterError(
+            f"--lora_weights {adapter}: no adapter there; train one first: python finetune.py --output_dir {adapter}"
+        )
     folders.check(output_dir, config.overwrite, "remove it, or pass --overwrite")
     origin = records.read_origin(adapter)
     template = _template(config, origin, adapter)
@@ -53,7 +59,7 @@ def export_hf(config: ExportConfig) -> Path:
     if _fits_in_fp32(model, device):
         model = model.float()
     print(f"merging {adapter} into {base.name} in {str(model.dtype).removeprefix('torch.')}")
-    peft_model = models.load_adapter(model, adapter).eval()
+    peft_model = adapters.load(model, adapter).eval()
 
     probes = _probe_ids(tokenizer, template)
     with peft_model.disable_adapter():
@@ -91,9 +97,13 @@ def _template(config: ExportConfig, origin: Origin, adapter: Path) -> Template:
     """Return the template to save with the model; TemplateError if it cannot be known."""
     asked = load_template(config.prompt_template) if config.prompt_template else None
     if asked and origin.template and asked.digest() != origin.template.digest():
-        raise TemplateError(f"--prompt_template {asked.name}: the adapter was trained with {origin.template.name}; leave the flag out")
+        raise TemplateError(
+            f"--prompt_template {asked.name}: the adapter was trained with {origin.template.name}; leave the flag out"
+        )
     if not (found := origin.template or asked):
-        raise TemplateError(f"{adapter} records no prompt template; name the one it was trained with: --prompt_template alpaca")
+        raise TemplateError(
+            f"{adapter} records no prompt template; name the one it was trained with: --prompt_template alpaca"
+        )
     if not origin.template:
         print("warning: nothing records which prompt template this adapter was trained with; it cannot be checked")
     return found
@@ -140,12 +150,15 @@ def _compare(plain: torch.Tensor, tuned: torch.Tensor, merged: torch.Tensor, exa
     effect = ((tuned - plain).abs().max() / tuned.abs().max()).item()
     allowed = FP32_TOLERANCE if exact else max(0.1 * effect, 0.02)
     if not error <= allowed:
-        raise ExportError(f"the merged model's logits differ from base + adapter by {error:.1e} of the largest, {allowed:.0e} is allowed")
+        raise ExportError(
+            f"the merged model's logits differ from base + adapter by {error:.1e} of the largest; "
+            f"{allowed:.0e} is allowed"
+        )
     return {"adapter_effect": effect, "merge_error": error}
 
 
 def _rounding(plain: torch.Tensor, tuned: torch.Tensor, saved: torch.Tensor, dtype: torch.dtype) -> dict[str, Any]:
-    """Return what rounding to the saved dtype did: its share of the adapter's effect, and how often the top token stays."""
+    """Return what rounding to the saved dtype did: its share of the adapter's effect, and the top tokens it kept."""
     lost = ((saved - tuned).norm() / (tuned - plain).norm().clamp_min(1e-12)).item()
     same = (saved.argmax(-1) == tuned.argmax(-1)).float().mean().item()
     return {"saved_dtype": str(dtype).removeprefix("torch."), "rounding_share": lost, "same_top_token": same}
@@ -153,12 +166,14 @@ def _rounding(plain: torch.Tensor, tuned: torch.Tensor, saved: torch.Tensor, dty
 
 def _summary(receipt: dict[str, Any]) -> str:
     line = (
-        f"merge checked: {receipt['changed_weights']} weights changed; logits equal base + adapter to {receipt['merge_error']:.1e}; "
+        f"merge checked: {receipt['changed_weights']} weights changed; "
+        f"logits equal base + adapter to {receipt['merge_error']:.1e}; "
         f"as {receipt['saved_dtype']} the top token is the same at {receipt['same_top_token']:.1%} of the probed places"
     )
     if receipt["rounding_share"] > 0.5:
         line += (
-            f"\nwarning: rounding to {receipt['saved_dtype']} is {receipt['rounding_share']:.0%} of what the adapter changes; "
+            f"\nwarning: rounding to {receipt['saved_dtype']} is {receipt['rounding_share']:.0%} of what the adapter "
+            "changes; "
             "--dtype fp32 keeps it"
         )
     return line

@@ -90,7 +90,7 @@ def check(folder: Path, overwrite: bool, ways_on: str) -> None:
 
 
 def claim(folder: Path, overwrite: bool) -> list[str]:
-    """Make room in a checked folder and return what was done, in sentences: set aside a finished one, or remove ours."""
+    """Make room in a checked folder, set aside a finished run or remove it, and return what was done in sentences."""
     said = []
     if standing(folder) != "free":
         if overwrite:

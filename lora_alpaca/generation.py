@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from lora_alpaca import folders, models, records
+from lora_alpaca import adapters, folders, models, records
 from lora_alpaca.config import ADAPTER_DIR, DEMO, GenerateConfig
 from lora_alpaca.encoding import TextEncoder
-from lora_alpaca.errors import ConfigError, ModelError, TemplateError
+from lora_alpaca.errors import ConfigError, TemplateError
 from lora_alpaca.models import Base
 from lora_alpaca.prompts import Template, load_template
 from lora_alpaca.records import Origin
@@ -41,13 +41,25 @@ class Sampling:
         sampled = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         unsampled = dict.fromkeys(sampled)  # None: nothing of the model's own generation config slips in
         chosen = sampled if self.temperature > 0 else unsampled
-        return {"do_sample": self.temperature > 0, "num_beams": self.num_beams, "max_new_tokens": self.max_new_tokens, **chosen}
+        return {
+            "do_sample": self.temperature > 0,
+            "num_beams": self.num_beams,
+            "max_new_tokens": self.max_new_tokens,
+            **chosen,
+        }
 
 
 class Generator:
     """Replies to instructions. Made by `Generator.load(config)`."""
 
-    def __init__(self, model: Any, tokenizer: Any, template: Template, sampling: Sampling | None = None, max_length: int | None = None):
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        template: Template,
+        sampling: Sampling | None = None,
+        max_length: int | None = None,
+    ):
         self.model = model
         self.tokenizer = tokenizer
         self.template = template
@@ -70,7 +82,7 @@ class Generator:
         tokenizer = models.load_tokenizer(source.base, source.tokenizer_dir)
         model = models.load_base(source.base, placement)
         if source.adapter is not None:
-            model = models.load_adapter(model, source.adapter).eval()
+            model = adapters.load(model, source.adapter).eval()
         names = ("temperature", "top_p", "top_k", "num_beams", "max_new_tokens", "seed")
         sampling = Sampling(**{name: getattr(config, name) for name in names})
         return cls(model, tokenizer, template, sampling, source.base.max_length)
@@ -88,7 +100,9 @@ class Generator:
         sampling = replace(self.sampling, **changes)
         prompt = self._encoder.beginning([self.template.prompt(instruction, input)])[0]
         if self.max_length is not None and len(prompt) >= self.max_length:
-            raise ConfigError(f"the prompt has {len(prompt)} tokens; this model takes at most {self.max_length}, answer included")
+            raise ConfigError(
+                f"the prompt has {len(prompt)} tokens; this model takes at most {self.max_length}, answer included"
+            )
         if self.max_length is not None:
             sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, self.max_length - len(prompt)))
         with self._one_at_a_time:
@@ -117,7 +131,9 @@ class Generator:
         end = next((place for place, token in enumerate(new_ids) if token in self.stop_ids), len(new_ids))
         return str(self.tokenizer.decode(new_ids[:end], skip_special_tokens=True))
 
-    def _generate(self, ids: torch.Tensor, mask: torch.Tensor, sampling: Sampling, watcher: StoppingCriteria | None = None) -> torch.Tensor:
+    def _generate(
+        self, ids: torch.Tensor, mask: torch.Tensor, sampling: Sampling, watcher: StoppingCriteria | None = None
+    ) -> torch.Tensor:
         """Return prompts and answers as token ids [rows, prompt + new]."""
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
@@ -203,7 +219,7 @@ def _find(config: GenerateConfig) -> Source:
         return _model_alone(config, named or DEMO)
     default = Path(ADAPTER_DIR)
     adapter = Path(config.lora_weights).expanduser() if config.lora_weights else None
-    if adapter is None and (default / models.SETTINGS).is_file():
+    if adapter is None and (default / adapters.SETTINGS).is_file():
         origin = records.read_origin(default)
         if not named or _same_base(named, origin.base_model):
             adapter = default
@@ -211,10 +227,14 @@ def _find(config: GenerateConfig) -> Source:
             _say(f"{default} was made for {origin.base_model or 'an unknown base'}: answering with {named} alone")
     if adapter is None:
         return _model_alone(config, named)
-    if not (adapter / models.SETTINGS).is_file() and not adapter.exists() and str(config.lora_weights).count("/") == 1:
-        adapter = models.download_adapter(config.lora_weights)
-    if not (adapter / models.SETTINGS).is_file():
-        raise ConfigError(f"--lora_weights {adapter}: no adapter there ({models.SETTINGS} is missing)")
+    if (
+        not (adapter / adapters.SETTINGS).is_file()
+        and not adapter.exists()
+        and str(config.lora_weights).count("/") == 1
+    ):
+        adapter = adapters.download(config.lora_weights)
+    if not (adapter / adapters.SETTINGS).is_file():
+        raise ConfigError(f"--lora_weights {adapter}: no adapter there ({adapters.SETTINGS} is missing)")
     origin = records.read_origin(adapter)
     if not named and not origin.base_model:
         raise ConfigError(f"{adapter} does not record its base model; name it with --base_model")
@@ -239,7 +259,11 @@ def _same_base(named: str, recorded: str) -> bool:
     """Return whether two names mean the same base: equal, or paths of one folder."""
     if named == recorded:
         return True
-    return Path(named).expanduser().exists() and Path(recorded).exists() and Path(named).expanduser().resolve() == Path(recorded).resolve()
+    return (
+        Path(named).expanduser().exists()
+        and Path(recorded).exists()
+        and Path(named).expanduser().resolve() == Path(recorded).resolve()
+    )
 
 
 def _template(config: GenerateConfig, source: Source) -> Template:
@@ -249,7 +273,8 @@ def _template(config: GenerateConfig, source: Source) -> Template:
         asked = load_template(config.prompt_template)
         if recorded is not None and asked.digest() != recorded.digest():
             raise TemplateError(
-                f"--prompt_template {config.prompt_template}: the model was trained with {recorded.name}; leave the flag out"
+                f"--prompt_template {config.prompt_template}: the model was trained with {recorded.name}; "
+                "leave the flag out"
             )
         if recorded is None:
             _say("warning: nothing records which prompt template this model was trained with; it cannot be checked")
@@ -259,7 +284,9 @@ def _template(config: GenerateConfig, source: Source) -> Template:
     if source.base.name == DEMO:
         return load_template("alpaca")
     where = source.adapter or source.base.name
-    raise TemplateError(f"{where} records no prompt template; name the one it was trained with: --prompt_template alpaca")
+    raise TemplateError(
+        f"{where} records no prompt template; name the one it was trained with: --prompt_template alpaca"
+    )
 
 
 def _say(*lines: str) -> None:

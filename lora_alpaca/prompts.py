@@ -122,7 +122,9 @@ def load_template(name: str) -> Template:
     elif name in template_names():
         path = template_folder() / f"{name}.json"
     else:
-        raise TemplateError(f"no template named {name!r}; there are {', '.join(template_names())}, or give a .json file")
+        raise TemplateError(
+            f"no template named {name!r}; there are {', '.join(template_names())}, or give a .json file"
+        )
     try:
         fields = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:

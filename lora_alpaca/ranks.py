@@ -12,8 +12,8 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
 
 from lora_alpaca import models
+from lora_alpaca.adapters import State
 from lora_alpaca.config import FinetuneConfig
-from lora_alpaca.models import State
 from lora_alpaca.reports import Reporter, usable_tracker
 
 
@@ -43,7 +43,9 @@ class Ranks:
     def __enter__(self) -> "Ranks":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.reporter.stop()
         if kind is None and self._accelerator.trackers:
             self._accelerator.end_training()
@@ -100,11 +102,16 @@ class Ranks:
         """Begin to send figures, if a tracker was asked for and is there; a tracker that fails stops nothing."""
         if self._tracker is None:
             return
-        options = {key: value if isinstance(value, (int, float, str, bool)) else str(value) for key, value in config.model_dump().items()}
+        options = {
+            key: value if isinstance(value, (int, float, str, bool)) else str(value)
+            for key, value in config.model_dump().items()
+        }
         name = {"name": config.wandb_run_name} if config.wandb_run_name else {}
         try:
             self._accelerator.init_trackers(
-                config.wandb_project or Path(config.output_dir).name, options, {self._tracker: name} if self._tracker != "tensorboard" else {}
+                config.wandb_project or Path(config.output_dir).name,
+                options,
+                {self._tracker: name} if self._tracker != "tensorboard" else {},
             )
             if self._tracker == "wandb" and config.wandb_watch in ("gradients", "all"):
                 self._accelerator.get_tracker("wandb", unwrap=True).watch(model, log=config.wandb_watch)
@@ -120,4 +127,6 @@ class Ranks:
     def keep_model(self, config: FinetuneConfig, folder: Path) -> None:
         """Give the finished adapter to wandb, if --wandb_log_model asks for it."""
         if self.first and self._tracker == "wandb" and self._accelerator.trackers and config.wandb_log_model == "true":
-            self._accelerator.get_tracker("wandb", unwrap=True).log_artifact(str(folder), name=folder.name, type="model")
+            self._accelerator.get_tracker("wandb", unwrap=True).log_artifact(
+                str(folder), name=folder.name, type="model"
+            )

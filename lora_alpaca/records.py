@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_alpaca import __version__, folders, models
+from lora_alpaca import __version__, adapters, folders
+from lora_alpaca.adapters import State
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.errors import AdapterError, CheckpointError
-from lora_alpaca.models import Base, Placement, State
+from lora_alpaca.models import Base, Placement
 from lora_alpaca.prompts import Template
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers")
@@ -69,16 +70,20 @@ def check_same(stored: dict[str, Any], now: dict[str, Any]) -> None:
     changed = [key for key in before if before[key] != after.get(key)]
     if changed:
         list_of = "; ".join(f"{key} was {before[key]!r:.60} and is {after.get(key)!r:.60}" for key in changed)
-        raise CheckpointError(f"--resume: this is another run ({list_of}); say what was said then, or start anew with --overwrite")
+        raise CheckpointError(
+            f"--resume: this is another run ({list_of}); say what was said then, or start anew with --overwrite"
+        )
 
 
-def save_adapter(output_dir: Path, state: State, settings: dict[str, Any], tokenizer: Any, record: dict[str, Any], run: Run) -> None:
+def save_adapter(
+    output_dir: Path, state: State, settings: dict[str, Any], tokenizer: Any, record: dict[str, Any], run: Run
+) -> None:
     """Write the finished adapter: PEFT's two files, the tokenizer, and the record last, now marked as finished."""
     before = set(folders.files_below(output_dir))
-    folders.write_tensors(output_dir / models.WEIGHTS, state)
-    folders.write_json(output_dir / models.SETTINGS, settings)
+    folders.write_tensors(output_dir / adapters.WEIGHTS, state)
+    folders.write_json(output_dir / adapters.SETTINGS, settings)
     tokenizer.save_pretrained(output_dir)
-    files = sorted(set(folders.files_below(output_dir)) - before | {models.WEIGHTS, models.SETTINGS})
+    files = sorted(set(folders.files_below(output_dir)) - before | {adapters.WEIGHTS, adapters.SETTINGS})
     result = {key: value for key, value in asdict(run).items() if key != "output_dir"}
     folders.write_json(output_dir / folders.RECORD, record | {"status": "finished", "files": files, "result": result})
 
@@ -104,10 +109,12 @@ def read_origin(folder: Path) -> Origin:
     """
     record = folders.read_record(folder)
     if not record:
-        settings = models.read_json(folder / models.SETTINGS)
+        settings = adapters.read_json(folder / adapters.SETTINGS)
         return Origin(settings.get("base_model_name_or_path") or "", settings.get("revision"), None)
     if record["status"] != "finished":
-        raise AdapterError(f"{folder}: this run was never finished; go on with it: python finetune.py --resume --output_dir {folder}")
+        raise AdapterError(
+            f"{folder}: this run was never finished; go on with it: python finetune.py --resume --output_dir {folder}"
+        )
     fields = record["template"]
     template = Template.from_json(fields, fields["name"], str(folder / folders.RECORD))
     return Origin(record["base_model"], record["base_revision"], template)

@@ -12,18 +12,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from lora_alpaca.adapters import State, trainable
 from lora_alpaca.batching import Batch, micro_batches, pad
 from lora_alpaca.encoding import IGNORED, Example
 from lora_alpaca.errors import TrainingError
-from lora_alpaca.models import State, trainable
 from lora_alpaca.ranks import Ranks
 
 
 def summed_loss(model: Any, batch: Batch) -> torch.Tensor:
     """Return the cross-entropy of a padded batch, summed over its labels, as an fp32 scalar."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits  # [B, T, V]
+    logits = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+    ).logits  # [B, T, V]
     targets = batch["labels"][:, 1:]  # [B, T-1]  the logits at t predict the token at t + 1
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    return F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
 
 
 @dataclass
@@ -40,7 +44,9 @@ class Step:
 class Learner:
     """The trainable parameters of a model and the optimizer that moves them, on one rank of many."""
 
-    def __init__(self, model: Any, ranks: Ranks, micro_batch_size: int, pad_id: int, weight_decay: float, max_norm: float):
+    def __init__(
+        self, model: Any, ranks: Ranks, micro_batch_size: int, pad_id: int, weight_decay: float, max_norm: float
+    ):
         self.model = model
         self.ranks = ranks
         self.micro_batch_size = micro_batch_size
@@ -68,7 +74,7 @@ class Learner:
         overflow = scaler is not None and math.isfinite(loss_value) and not math.isfinite(norm)
         if not overflow and not (math.isfinite(loss_value) and math.isfinite(norm)):
             raise TrainingError(
-                f"step {number}: the loss is {loss_value} and the gradient norm {norm}; nothing was changed by this step. "
+                f"step {number}: the loss is {loss_value} and the gradient norm {norm}; nothing was changed by it. "
                 "Lower --learning_rate, or try --dtype fp32 or --load_8bit False"
             )
         for group in self.optimizer.param_groups:
@@ -118,7 +124,9 @@ class Learner:
             grad.copy_(summed.view_as(grad))
         loss_value, counted = message[-2:].tolist()
         if counted != labels:
-            raise TrainingError(f"the ranks counted {counted:.0f} labels in a step of {labels}: do all read the same data file?")
+            raise TrainingError(
+                f"the ranks counted {counted:.0f} labels in a step of {labels}: do all read the same data file?"
+            )
         return loss_value
 
     def _unscaled_norm(self) -> float:
@@ -133,7 +141,11 @@ class Learner:
     def optimizer_state(self) -> State:
         """Return AdamW's moments on the CPU, named by parameter number and kind."""
         state = self.optimizer.state_dict()["state"]
-        return {f"{number}.{kind}": value.detach().cpu().clone() for number, kinds in state.items() for kind, value in kinds.items()}
+        return {
+            f"{number}.{kind}": value.detach().cpu().clone()
+            for number, kinds in state.items()
+            for kind, value in kinds.items()
+        }
 
     def load_optimizer_state(self, tensors: State) -> None:
         """Put back what `optimizer_state` returned."""

@@ -1,6 +1,5 @@
 """The main job as a story: `finetune` prepares, cheap failures first, and `_train` is the loop."""
 
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -10,17 +9,17 @@ from typing import Any
 
 import torch
 
-from lora_alpaca import checkpoints, data, folders, models, records
-from lora_alpaca.batching import rows_of_step, steps_per_epoch
+from lora_alpaca import adapters, checkpoints, data, folders, models, planning, records
+from lora_alpaca.adapters import State
+from lora_alpaca.batching import rows_of_step
 from lora_alpaca.checkpoints import Checkpoint
-from lora_alpaca.config import ADAPTER_DIR, DEMO, UPSTREAM_DATA, FinetuneConfig
+from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.encoding import Encoder, Example
-from lora_alpaca.errors import ConfigError
-from lora_alpaca.models import Base, State
+from lora_alpaca.planning import Plan
 from lora_alpaca.prompts import load_template
 from lora_alpaca.ranks import Ranks
 from lora_alpaca.records import Run
-from lora_alpaca.reports import Reporter, minutes
+from lora_alpaca.reports import minutes
 from lora_alpaca.step import Learner
 
 
@@ -40,12 +39,12 @@ def finetune(config: FinetuneConfig) -> Run:
 
     with Ranks(config) as ranks:
         say = ranks.reporter.say
-        config = _with_recipe(config, ranks.reporter)
+        config = planning.with_recipe(config, ranks.world_size, ranks.reporter)
         rows = data.load_conversations(config.data_path)
         train_rows, validation_rows = data.split(rows, config.val_set_size, config.seed)
 
         base = models.locate_base(config.base_model, config.revision, config.trust_remote_code)
-        config = _within_model(config, base, ranks.reporter)
+        config = planning.within_model(config, base, ranks.reporter)
         tokenizer = models.load_tokenizer(base)
         encoder = Encoder(tokenizer, template, config.cutoff_len, config.train_on_inputs, config.add_eos_token)
         train, ledger = encoder.encode(train_rows)
@@ -59,21 +58,23 @@ def finetune(config: FinetuneConfig) -> Run:
         resumed = checkpoints.load(checkpoint_dir) if checkpoint_dir else None
         if resumed:
             records.check_same(resumed.facts["record"], record)
-        plan = Plan(**resumed.facts["plan"]) if resumed else _plan(config, len(train), ranks.world_size)
+        plan = Plan(**resumed.facts["plan"]) if resumed else planning.resolve(config, len(train), ranks.world_size)
         say(f"base: {base.name}, {ranks.placement}", f"plan: {plan}")
 
         torch.manual_seed(config.seed)  # the adapter's first weights are the same on every rank
         model = models.load_base(base, ranks.placement)  # the first heavy step
         if config.init_adapter:
-            model = models.load_adapter(model, Path(config.init_adapter).expanduser(), trainable=True)
+            model = adapters.load(model, Path(config.init_adapter).expanduser(), trainable=True)
         else:
-            model = models.attach_adapter(model, config, base)
+            model = adapters.attach(model, config, base)
         if not resumed:
-            plan.gradient_checkpointing = _wants_checkpointing(config, model, ranks.device, plan, train)
+            plan.gradient_checkpointing = planning.wants_checkpointing(config, model, ranks.device, plan, train)
         if plan.gradient_checkpointing:
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        learner = Learner(model, ranks, plan.micro_batch_size, tokenizer.pad_token_id, config.weight_decay, config.max_grad_norm)
+        learner = Learner(
+            model, ranks, plan.micro_batch_size, tokenizer.pad_token_id, config.weight_decay, config.max_grad_norm
+        )
 
         if ranks.first:
             say(*([] if resumed else folders.claim(output_dir, config.overwrite)))
@@ -88,38 +89,12 @@ def finetune(config: FinetuneConfig) -> Run:
 
         run = progress.result(output_dir)
         if ranks.first:
-            state = progress.best or models.adapter_state(model)
-            records.save_adapter(output_dir, state, models.adapter_settings(model), tokenizer, record, run)
+            state = progress.best or adapters.state(model)
+            records.save_adapter(output_dir, state, adapters.settings(model), tokenizer, record, run)
         ranks.wait()
         ranks.keep_model(config, output_dir)
         say(f"adapter saved in {output_dir}: {run.steps} steps in {minutes(run.seconds)}{_gain(run)}")
         return run
-
-
-@dataclass
-class Plan:
-    """The automatic choices, made once before the first step and used again when a run is resumed."""
-
-    total_steps: int
-    warmup_steps: int
-    eval_steps: int
-    save_steps: int
-    micro_batch_size: int
-    gradient_checkpointing: bool = False
-
-    def __str__(self) -> str:
-        return (
-            f"{self.total_steps} steps, {self.warmup_steps} of them warm-up; micro-batches of {self.micro_batch_size}; "
-            f"validation every {self.eval_steps}, checkpoint every {self.save_steps} steps"
-        )
-
-    def learning_rate(self, step: int, config: FinetuneConfig) -> float:
-        """Return the rate of a step, counted from 0: up in a line, then as --lr_scheduler says."""
-        if step < self.warmup_steps:
-            return config.learning_rate * (step + 1) / self.warmup_steps
-        done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-        factors = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}
-        return config.learning_rate * factors[config.lr_scheduler]
 
 
 @dataclass
@@ -186,7 +161,12 @@ def _train(
         last = progress.step == plan.total_steps
 
         if progress.step % config.logging_steps == 0 or last:  # once in a while: say how it goes
-            figures = {"loss": progress.mean_loss(), "learning_rate": rate, "grad_norm": step.grad_norm, "tokens_per_second": speed}
+            figures = {
+                "loss": progress.mean_loss(),
+                "learning_rate": rate,
+                "grad_norm": step.grad_norm,
+                "tokens_per_second": speed,
+            }
             reporter.interval(progress.step, figures["loss"], rate, speed)
             progress.history.append({"step": progress.step, **figures})
             ranks.track(figures, progress.step)
@@ -200,8 +180,10 @@ def _train(
             progress.without_gain += 1
             if loss < progress.best_loss:
                 progress.best_loss, progress.best_step, progress.without_gain = loss, progress.step, 0
-                progress.best = models.adapter_state(learner.model)
-            reporter.say(f"validation loss {loss:.4f} at step {progress.step}" + ("" if progress.without_gain else ", the best"))
+                progress.best = adapters.state(learner.model)
+            reporter.say(
+                f"validation loss {loss:.4f} at step {progress.step}" + ("" if progress.without_gain else ", the best")
+            )
             if progress.without_gain == config.early_stopping_patience:
                 reporter.say(f"stopped early: {progress.without_gain} validations without a better loss")
                 break
@@ -210,70 +192,12 @@ def _train(
             facts = {"step": progress.step, "plan": asdict(plan), "progress": progress.facts(), "record": record}
             random_state = ranks.random_state()
             if ranks.first:
-                state = models.adapter_state(learner.model)
+                state = adapters.state(learner.model)
                 checkpoint = Checkpoint(facts, state, learner.optimizer_state(), random_state, progress.best)
-                checkpoints.save(output_dir, checkpoint, models.adapter_settings(learner.model))
+                checkpoints.save(output_dir, checkpoint, adapters.settings(learner.model))
                 checkpoints.rotate(output_dir, config.save_total_limit)
             ranks.wait()
     reporter.stop()
-
-
-# ------------------------------------------------------------------------------------------- choices, made once
-
-
-def _with_recipe(config: FinetuneConfig, reporter: Reporter) -> FinetuneConfig:
-    """Return the config with base and data named, and the demo base's own values where the user said nothing."""
-    chosen: dict[str, Any] = {}
-    if not config.base_model:
-        chosen["base_model"] = DEMO
-        if config.data_path:
-            reporter.say("no --base_model given: using the tiny demo model in the package")
-    if not config.data_path:
-        chosen["data_path"] = UPSTREAM_DATA if config.base_model not in ("", DEMO) else DEMO
-    if chosen.get("base_model", config.base_model) == DEMO:
-        recipe = json.loads((models.demo_base().parent / "recipe.json").read_text(encoding="utf-8"))
-        recipe = {name: value for name, value in recipe.items() if not config.said(name)}
-        reporter.say("demo recipe: " + ", ".join(f"{name} {value}" for name, value in recipe.items()))
-        chosen |= recipe
-    return FinetuneConfig(**{name: getattr(config, name) for name in config.model_fields_set} | chosen)
-
-
-def _within_model(config: FinetuneConfig, base: Base, reporter: Reporter) -> FinetuneConfig:
-    """Return the config with rows no longer than the model can take; ConfigError if longer ones were asked for."""
-    if base.max_length is None or config.cutoff_len <= base.max_length:
-        return config
-    if config.said("cutoff_len"):
-        raise ConfigError(f"--cutoff_len {config.cutoff_len}: {base.name} takes at most {base.max_length} tokens")
-    reporter.say(f"cutoff_len is {base.max_length}, the most that {base.name} takes")
-    return config.model_copy(update={"cutoff_len": base.max_length})
-
-
-def _plan(config: FinetuneConfig, rows: int, world_size: int) -> Plan:
-    total = config.max_steps or math.ceil(config.num_epochs * steps_per_epoch(rows, config.batch_size))
-    warmup = min(100, math.ceil(total / 10)) if config.warmup_steps is None else config.warmup_steps
-    return Plan(
-        total_steps=total,
-        warmup_steps=min(warmup, total),
-        eval_steps=config.eval_steps or max(1, min(200, total // 4)),
-        save_steps=config.save_steps or 200,
-        micro_batch_size=config.micro_batch(world_size),
-    )
-
-
-def _wants_checkpointing(config: FinetuneConfig, model: Any, device: torch.device, plan: Plan, train: Sequence[Example]) -> bool:
-    """Return whether to recompute activations: as said, or on CUDA where the longest micro-batch might not fit.
-
-    The estimate, about 34 bytes a token, layer and unit of width plus the logits, is the one of arXiv:2205.05198 with
-    attention that keeps no score matrix.
-    """
-    if config.gradient_checkpointing != "auto":
-        return config.gradient_checkpointing == "true"
-    if device.type != "cuda":
-        return False
-    shape = model.config.get_text_config()
-    tokens = plan.micro_batch_size * max(len(example.input_ids) for example in train)
-    needed = tokens * (34 * shape.num_hidden_layers * shape.hidden_size + 10 * shape.vocab_size)
-    return needed > 0.7 * torch.cuda.mem_get_info(device)[0]
 
 
 # --------------------------------------------------------------------------------------------------------- resuming
@@ -297,7 +221,7 @@ def _checkpoint_to_resume(config: FinetuneConfig, output_dir: Path) -> Path | No
 
 def _restored(checkpoint: Checkpoint, learner: Learner, ranks: Ranks) -> Progress:
     """Put adapter, optimizer and random states back, and return where the run stood."""
-    models.set_adapter_state(learner.model, checkpoint.adapter, "checkpoint")
+    adapters.set_state(learner.model, checkpoint.adapter, "checkpoint")
     learner.load_optimizer_state(checkpoint.optimizer)
     ranks.restore_random_state(checkpoint.random)
     return Progress(**checkpoint.facts["progress"], best=checkpoint.best)

@@ -27,7 +27,9 @@ from lora_alpaca.generation import Generator
 
 TITLE = "LoRA Alpaca"
 PORTS = range(7860, 7960)  # tried in turn when none is asked for
-SLIDERS: dict[str, tuple[str, float, float, float, str]] = {  # option: label, lowest, highest, step, what it does
+SLIDERS: dict[
+    str, tuple[str, float, float, float, str]
+] = {  # option: label, lowest, highest, step (whole: an int), what it does
     "temperature": ("Temperature", 0, 2, 0.01, "0 always takes the likeliest token"),
     "top_p": ("Top p", 0.01, 1, 0.01, "Draw from the likeliest share"),
     "top_k": ("Top k", 0, 100, 1, "Draw from so many; 0 is no limit"),
@@ -136,7 +138,8 @@ class _Answers:
         self.stopped.discard(request.session_hash)
         shown = ""
         yield shown
-        pieces: Any = self.generator.stream(instruction, input, **dict(zip(SLIDERS, values, strict=True)))
+        chosen = {name: type(SLIDERS[name][3])(value) for name, value in zip(SLIDERS, values, strict=True)}
+        pieces: Any = self.generator.stream(instruction, input, **chosen)
         try:
             with closing(pieces):  # a reader who stops, or goes away, stops the model
                 for piece in pieces:
@@ -156,9 +159,8 @@ class _Answers:
 def _slider(name: str, value: float) -> gr.Slider:
     """Return the control of a sampling option; its range grows to hold what the command line said."""
     label, lowest, highest, step, info = SLIDERS[name]
-    precision = 0 if step == 1 else None  # 0: whole numbers arrive as int
     low, high = min(lowest, value), max(highest, value)
-    return gr.Slider(low, high, value, step=step, precision=precision, label=label, info=info, min_width=280)
+    return gr.Slider(low, high, value, step=step, label=label, info=info, min_width=280)
 
 
 def _described(generator: Generator, config: GenerateConfig) -> str:

@@ -31,9 +31,8 @@ for name in ("BASE_MODEL", "RANK", "LOCAL_RANK", "WORLD_SIZE", "WANDB_PROJECT"):
     os.environ.pop(name, None)
 sys.path.insert(0, str(OFFLINE))
 sys.modules.pop("sitecustomize", None)  # the one of the system, if it has one
-import sitecustomize  # noqa: E402, F401  this process goes offline
-
 import pytest  # noqa: E402
+import sitecustomize  # noqa: E402, F401  this process goes offline
 
 from lora_alpaca.prompts import Conversation, load_template  # noqa: E402
 

@@ -9,7 +9,8 @@ LENGTHS = [(n * 37) % 91 + 1 for n in range(103)]
 def test_an_epoch_sees_every_row_once_and_the_next_in_another_order(by_length):
     steps = steps_per_epoch(len(LENGTHS), 8)
     epochs = [
-        [row for step in range(start, start + steps) for row in rows_of_step(step, LENGTHS, 8, 42, by_length)] for start in (0, steps)
+        [row for step in range(start, start + steps) for row in rows_of_step(step, LENGTHS, 8, 42, by_length)]
+        for start in (0, steps)
     ]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(len(LENGTHS)))
     assert epochs[0] != epochs[1]

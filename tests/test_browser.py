@@ -3,6 +3,7 @@
 Chromium is driven through its debugging pipe, so that no driver and no further package is needed.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -26,11 +27,20 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH (chromium, chromium-browser, google-chrome)"),
 ]
 
-FLAGS = (
-    "--headless=new --no-sandbox --disable-gpu --disable-quic --disable-dev-shm-usage --no-first-run --disable-sync "
-    "--disable-background-networking --disable-component-update --remote-debugging-pipe --window-size=1280,900"
-).split()
-WORDS = "hay wool hum herd calm soft grass llama spit pasture".split()
+FLAGS = [
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-dev-shm-usage",
+    "--no-first-run",
+    "--disable-sync",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--remote-debugging-pipe",
+    "--window-size=1280,900",
+]
+WORDS = ["hay", "wool", "hum", "herd", "calm", "soft", "grass", "llama", "spit", "pasture"]
 
 
 class Browser:
@@ -118,7 +128,9 @@ class Page:
         """Load the page anew, every control back at its default."""
         self.browser.send("Page.navigate", url="about:blank")
         self.browser.send("Page.navigate", url=self.url)
-        self.wait("document.querySelectorAll('textarea').length === 3 && document.querySelector('button.primary') !== null")
+        self.wait(
+            "document.querySelectorAll('textarea').length === 3 && document.querySelector('button.primary') !== null"
+        )
 
     def box(self, label: str) -> str:
         """Return an expression for the field under a label."""
@@ -225,7 +237,7 @@ def test_answer_streams(page: Page) -> None:
     answer, seen = page.ask(Instruction="Tell me about hay.", Input="in winter")
     assert len(answer.split()) == 60
     assert len(seen) > 2
-    assert all(after.startswith(before) and after != before for before, after in zip(seen, seen[1:]))
+    assert all(after.startswith(before) and after != before for before, after in itertools.pairwise(seen))
     assert seen[-1] == answer
 
 
@@ -272,7 +284,11 @@ def test_error_is_shown_and_the_next_answer_comes(page: Page) -> None:
 
 def test_nothing_is_fetched_from_elsewhere(page: Page) -> None:
     page.ask(Max_tokens="3")
-    hosts = {urlsplit(url).hostname for url in page.browser.requests if urlsplit(url).scheme in ("http", "https", "ws", "wss")}
+    hosts = {
+        urlsplit(url).hostname
+        for url in page.browser.requests
+        if urlsplit(url).scheme in ("http", "https", "ws", "wss")
+    }
     assert hosts == {"127.0.0.1"}
 
 

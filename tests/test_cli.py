@@ -82,7 +82,9 @@ def test_lists_are_read_in_every_way_people_type_them(typed):
     assert parse(FinetuneConfig, ["--lora_target_modules", typed]).lora_target_modules == ["q_proj", "k_proj"]
 
 
-@pytest.mark.parametrize(("typed", "meant"), [("True", True), ("false", False), ("no", False), ("0", False), ("1", True)])
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("True", True), ("false", False), ("no", False), ("0", False), ("1", True)]
+)
 def test_switches(typed, meant):
     assert parse(FinetuneConfig, ["--load_8bit", typed]).load_8bit is meant
     assert parse(FinetuneConfig, ["--train-on-inputs", typed]).train_on_inputs is meant  # dashes as well

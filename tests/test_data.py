@@ -36,7 +36,9 @@ def test_texts_arrive_exactly(tmp_path):
 
 
 def test_input_may_be_missing_or_null(tmp_path):
-    rows = load_conversations(written(tmp_path, '[{"instruction": "a", "output": "b"}, {"instruction": "a", "input": null, "output": "b"}]'))
+    rows = load_conversations(
+        written(tmp_path, '[{"instruction": "a", "output": "b"}, {"instruction": "a", "input": null, "output": "b"}]')
+    )
     assert [row.input for row in rows] == ["", ""]
 
 
@@ -103,7 +105,8 @@ def test_split_depends_on_the_seed_alone():
 
 
 @pytest.mark.parametrize(
-    ("rows", "val_set_size", "held_out"), [(100, None, 10), (30_000, None, 2000), (9, None, 0), (100, 0.25, 25), (100, 0, 0)]
+    ("rows", "val_set_size", "held_out"),
+    [(100, None, 10), (30_000, None, 2000), (9, None, 0), (100, 0.25, 25), (100, 0, 0)],
 )
 def test_split_sizes(rows, val_set_size, held_out):
     assert len(split(list(range(rows)), val_set_size, 42)[1]) == held_out

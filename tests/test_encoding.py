@@ -47,13 +47,18 @@ def test_the_continuation_has_no_dummy_space(tokenizer):
 
 def test_control_strings_stay_text(tokenizer):
     for text in ("</s>", "<s>", "<|endoftext|>"):
-        for ids in (TextEncoder(tokenizer).beginning([f"a {text}"])[0][1:], TextEncoder(tokenizer).continuation([text])[0]):
+        for ids in (
+            TextEncoder(tokenizer).beginning([f"a {text}"])[0][1:],
+            TextEncoder(tokenizer).continuation([text])[0],
+        ):
             assert not {tokenizer.eos_token_id, tokenizer.bos_token_id} & set(ids)
 
 
 def test_end_token_survives_a_pad_token_that_is_the_same(tokenizer):
     """With pad = EOS, masking by the pad id would hide every end token from the loss."""
-    examples, _ = Encoder(tokenizer, load_template("alpaca"), 10_000).encode([Conversation("I", "", "A"), Conversation("I", "", "A" * 50)])
+    examples, _ = Encoder(tokenizer, load_template("alpaca"), 10_000).encode(
+        [Conversation("I", "", "A"), Conversation("I", "", "A" * 50)]
+    )
     batch = pad(examples, pad_id=tokenizer.eos_token_id)
     for row, example in enumerate(examples):
         last = len(example.input_ids) - 1

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_alpaca import ExportConfig, FinetuneConfig, export_hf, finetune, folders
+from lora_alpaca import ExportConfig, FinetuneConfig, adapters, export_hf, finetune, folders
 from lora_alpaca.errors import AdapterError, FolderError, ModelError
 
 
@@ -34,14 +34,13 @@ def test_the_adapter_loads_with_plain_peft_and_the_merge_with_plain_transformers
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from lora_alpaca import models
 
     merged = export(adapter, tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(merged)
     ids = tokenizer("Where does the owl live?", return_tensors="pt")["input_ids"]
     base = AutoModelForCausalLM.from_pretrained(tiny_llama)
     plain = logits(base, ids)
-    ours = logits(models.load_adapter(AutoModelForCausalLM.from_pretrained(tiny_llama), adapter).eval(), ids)
+    ours = logits(adapters.load(AutoModelForCausalLM.from_pretrained(tiny_llama), adapter).eval(), ids)
     theirs = logits(PeftModel.from_pretrained(base, adapter).eval(), ids)
     assert torch.equal(ours, theirs)
     assert (theirs - plain).abs().max() > 1e-2
@@ -63,7 +62,9 @@ def test_the_merged_folder_has_tokenizer_template_and_stop_ids(adapter, tmp_path
 def test_the_saved_dtype(adapter, tmp_path, dtype):
     merged = export(adapter, tmp_path, dtype=dtype)
     state = load_file(merged / "model.safetensors")
-    assert {str(tensor.dtype).removeprefix("torch.") for tensor in state.values()} == {{"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[dtype]}
+    assert {str(tensor.dtype).removeprefix("torch.") for tensor in state.values()} == {
+        {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[dtype]
+    }
 
 
 def damaged(adapter, tmp_path, change):
@@ -84,7 +85,10 @@ def damaged(adapter, tmp_path, change):
         (lambda state: {}, "holds no tensors"),
         (lambda state: dict(list(state.items())[1:]), "is missing; wrong base model?"),
         (lambda state: {k.replace("layers.1", "layers.7"): v for k, v in state.items()}, "wrong base model?"),
-        (lambda state: {k: v[:, :-1].contiguous() if "lora_A" in k else v for k, v in state.items()}, "the base model needs"),
+        (
+            lambda state: {k: v[:, :-1].contiguous() if "lora_A" in k else v for k, v in state.items()},
+            "the base model needs",
+        ),
     ],
 )
 def test_a_broken_adapter_is_refused_and_nothing_is_written(adapter, tmp_path, change, said):
@@ -139,10 +143,10 @@ def test_a_4bit_base_is_not_changed_by_evaluating_and_saving(tiny_llama):
 
     config = FinetuneConfig(load_4bit=True, dtype="fp32", device="cpu")
     base = models.locate_base(str(tiny_llama))
-    model = models.attach_adapter(models.load_base(base, models.place(config, default_bits=8)[0]), config, base)
+    model = adapters.attach(models.load_base(base, models.place(config, default_bits=8)[0]), config, base)
     ids = torch.tensor([[1, 5, 9, 30]])
     before = logits(model.eval(), ids)
-    models.adapter_state(model)
+    adapters.state(model)
     model.state_dict()
     assert torch.equal(before, logits(model, ids))
     flags = [part.support_avx512bf16_for_cpu for part in model.modules() if hasattr(part, "support_avx512bf16_for_cpu")]

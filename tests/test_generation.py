@@ -8,7 +8,12 @@ from lora_alpaca.errors import ConfigError
 @pytest.fixture(scope="module")
 def generator(tiny_llama):
     config = GenerateConfig(
-        base_model=str(tiny_llama), lora_weights="none", prompt_template="alpaca", max_new_tokens=12, dtype="fp32", device="cpu"
+        base_model=str(tiny_llama),
+        lora_weights="none",
+        prompt_template="alpaca",
+        max_new_tokens=12,
+        dtype="fp32",
+        device="cpu",
     )
     return Generator.load(config)
 
@@ -27,7 +32,10 @@ def test_every_sampling_control_has_an_effect(generator):
     """Upstream never sets do_sample: temperature, top p and top k do nothing (issue 232)."""
 
     def replies(**changes):
-        return {generator.reply(*ASK, seed=seed, **{"temperature": 2.0, "top_p": 1.0, "top_k": 0} | changes) for seed in range(6)}
+        return {
+            generator.reply(*ASK, seed=seed, **{"temperature": 2.0, "top_p": 1.0, "top_k": 0} | changes)
+            for seed in range(6)
+        }
 
     greedy = generator.reply(*ASK, temperature=0)
     assert len(replies()) > 3
@@ -44,7 +52,11 @@ def test_a_seed_repeats_an_answer(generator):
 
 
 def test_a_batch_answers_as_one_by_one(generator):
-    asked = [("Hi.", ""), ("Where does the camel live, and what does it eat?", "Animal: camel"), ("Add the numbers.", "2 + 7")]
+    asked = [
+        ("Hi.", ""),
+        ("Where does the camel live, and what does it eat?", "Animal: camel"),
+        ("Add the numbers.", "2 + 7"),
+    ]
     assert generator.reply_batch(asked, temperature=0) == [generator.reply(*pair, temperature=0) for pair in asked]
 
 
@@ -93,7 +105,9 @@ def test_what_training_saw_is_what_generation_feeds(generator, monkeypatch):
     from lora_alpaca.prompts import Conversation
 
     fed = []
-    monkeypatch.setattr(generator, "_generate", lambda ids, *rest: fed.append(ids[0].tolist()) or torch.tensor([[*ids[0].tolist(), 2]]))
+    monkeypatch.setattr(
+        generator, "_generate", lambda ids, *rest: fed.append(ids[0].tolist()) or torch.tensor([[*ids[0].tolist(), 2]])
+    )
     generator.reply("Say {input} and </s>.", "Ä 12")
     rows = [Conversation("Say {input} and </s>.", "Ä 12", "Yes.")]
     example = Encoder(generator.tokenizer, generator.template, 512).encode(rows)[0][0]

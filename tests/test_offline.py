@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 
 def test_a_deliberate_connection_fails():
-    with pytest.raises(OSError, match="blocked|offline|not allowed"):
+    with pytest.raises(OSError, match="tests run offline"):
         socket.create_connection(("93.184.216.34", 80), timeout=2)
 
 
@@ -22,7 +22,9 @@ def test_the_main_job_with_nothing_said_twice(run_script, tmp_path):
     for time in (1, 2):
         trained = run_script("finetune.py", *short, cwd=tmp_path, check=True)
         exported = run_script("export_hf_checkpoint.py", cwd=tmp_path, check=True)
-        answered = run_script("generate.py", "--load_8bit", "--instruction", "Tell me about alpacas.", cwd=tmp_path, check=True)
+        answered = run_script(
+            "generate.py", "--load_8bit", "--instruction", "Tell me about alpacas.", cwd=tmp_path, check=True
+        )
         assert answered.stdout.strip()
         assert "adapter lora-alpaca on demo" in answered.stderr
         assert "merge checked" in exported.stdout
@@ -40,12 +42,38 @@ def test_two_ranks_from_the_command_line(tmp_path, run_script, tiny_llama, data_
 
     from conftest import ROOT
 
-    words = ["--base_model", tiny_llama, "--data_path", data_path, "--batch_size", 8, "--max_steps", 4, "--val_set_size", 4]
-    words += ["--dtype", "fp32", "--load_8bit", "False", "--lora_dropout", 0, "--learning_rate", "1e-2", "--cutoff_len", 96]
+    words = [
+        "--base_model",
+        tiny_llama,
+        "--data_path",
+        data_path,
+        "--batch_size",
+        8,
+        "--max_steps",
+        4,
+        "--val_set_size",
+        4,
+    ]
+    words += [
+        "--dtype",
+        "fp32",
+        "--load_8bit",
+        "False",
+        "--lora_dropout",
+        0,
+        "--learning_rate",
+        "1e-2",
+        "--cutoff_len",
+        96,
+    ]
     run_script("finetune.py", *words, "--output_dir", "one", cwd=tmp_path, check=True)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "finetune.py")]
     done = subprocess.run(
-        [*launcher, *map(str, words), "--output_dir", "two"], cwd=tmp_path, capture_output=True, text=True, env=os.environ
+        [*launcher, *map(str, words), "--output_dir", "two"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("adapter saved in two") == 1

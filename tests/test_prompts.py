@@ -5,7 +5,9 @@ import pytest
 from lora_alpaca.errors import TemplateError
 from lora_alpaca.prompts import Conversation, Template, load_template, template_names
 
-PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+PREAMBLE = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+)
 
 
 def test_the_alpaca_prompt_is_upstreams():

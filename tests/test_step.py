@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from lora_alpaca import models
+from lora_alpaca import adapters, models
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.encoding import Encoder, Example
 from lora_alpaca.errors import TrainingError
@@ -27,7 +27,7 @@ def gradients(folder, rows, micro_batch_size, **options):
     with Ranks(config) as ranks:
         torch.manual_seed(0)
         base = models.locate_base(str(folder))
-        model = models.attach_adapter(models.load_base(base, ranks.placement), config, base)
+        model = adapters.attach(models.load_base(base, ranks.placement), config, base)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.02)
@@ -46,7 +46,7 @@ def reference(folder, rows):
     torch.manual_seed(0)
     base = models.locate_base(str(folder))
     placement = models.place(config)[0]
-    model = models.attach_adapter(models.load_base(base, placement), config, base)
+    model = adapters.attach(models.load_base(base, placement), config, base)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
@@ -56,7 +56,7 @@ def reference(folder, rows):
     mask = [[1] * len(e.input_ids) + [0] * (longest - len(e.input_ids)) for e in examples]
     loss = model(input_ids=torch.tensor(filled), attention_mask=torch.tensor(mask), labels=torch.tensor(labels)).loss
     loss.backward()
-    return torch.cat([p.grad.flatten() for p in models.trainable(model)]), loss.item()
+    return torch.cat([p.grad.flatten() for p in adapters.trainable(model)]), loss.item()
 
 
 def test_any_micro_batch_gives_the_gradient_of_the_whole_batch(tiny_llama, rows):
@@ -94,13 +94,13 @@ def test_a_loss_that_is_not_finite_moves_nothing(tiny_llama, rows):
     config = FinetuneConfig(**OPTIONS)
     with Ranks(config) as ranks:
         base = models.locate_base(str(tiny_llama))
-        model = models.attach_adapter(models.load_base(base, ranks.placement), config, base)
+        model = adapters.attach(models.load_base(base, ranks.placement), config, base)
         learner = Learner(model, ranks, 2, pad_id=0, weight_decay=0.0, max_norm=1.0)
-        before = models.adapter_state(model)
+        before = adapters.state(model)
         model.get_output_embeddings().weight.data[0] = float("nan")
         with pytest.raises(TrainingError, match="step 7: the loss is nan"):
             learner.step([Example([1, 5, 6], [-100, 5, 6])], 1e-3, number=7)
-        after = models.adapter_state(model)
+        after = adapters.state(model)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
@@ -110,7 +110,7 @@ def test_the_validation_loss_does_not_depend_on_the_micro_batch(tiny_llama, rows
     examples, _ = Encoder(tokenizer, load_template("alpaca_short"), 128).encode(rows[:9])
     with Ranks(config) as ranks:
         base = models.locate_base(str(tiny_llama))
-        model = models.attach_adapter(models.load_base(base, ranks.placement), config, base)
+        model = adapters.attach(models.load_base(base, ranks.placement), config, base)
         losses = [Learner(model, ranks, size, 0, 0.0, 1.0).evaluate(examples) for size in (1, 4, 9)]
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
 
@@ -119,7 +119,7 @@ def test_optimizer_state_comes_back(tiny_llama, rows):
     config = FinetuneConfig(**OPTIONS)
     with Ranks(config) as ranks:
         base = models.locate_base(str(tiny_llama))
-        model = models.attach_adapter(models.load_base(base, ranks.placement), config, base)
+        model = adapters.attach(models.load_base(base, ranks.placement), config, base)
         learner = Learner(model, ranks, 2, pad_id=0, weight_decay=0.0, max_norm=1.0)
         learner.step([Example([1, 5, 6], [-100, 5, 6])], 1e-3, number=1)
         state = learner.optimizer_state()

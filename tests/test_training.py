@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from lora_alpaca import FinetuneConfig, finetune, folders
 from lora_alpaca.errors import AdapterError, CheckpointError, ModelError
-from lora_alpaca.training import Plan
+from lora_alpaca.planning import Plan
 
 
 @pytest.fixture
@@ -59,8 +59,8 @@ def test_the_adapter_folder_remembers_everything(options, tmp_path):
     run_ = finetune(FinetuneConfig(**options))
     folder = tmp_path / "out"
     assert {path.name for path in folder.iterdir()} >= {
-        "adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "tokenizer_config.json", "lora_alpaca.json",
-        "checkpoint-3", "checkpoint-6",
+        "adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "tokenizer_config.json",
+        "lora_alpaca.json", "checkpoint-3", "checkpoint-6",
     }  # fmt: skip
     record = json.loads((folder / "lora_alpaca.json").read_text())
     assert record["status"] == "finished"
@@ -140,19 +140,33 @@ def test_only_the_last_checkpoints_are_kept_and_nothing_else_is_removed(options,
 
 
 def test_the_best_adapter_is_kept(options, tmp_path):
-    run_ = finetune(FinetuneConfig(**options | {"learning_rate": 1.0, "max_steps": 12, "eval_steps": 1, "lr_scheduler": "constant"}))
+    run_ = finetune(
+        FinetuneConfig(**options | {"learning_rate": 1.0, "max_steps": 12, "eval_steps": 1, "lr_scheduler": "constant"})
+    )
     losses = {entry["step"]: entry["validation_loss"] for entry in run_.history if "validation_loss" in entry}
     assert run_.best_step == min(losses, key=losses.get) < 12
     again = finetune(
         FinetuneConfig(
-            **options | {"output_dir": str(tmp_path / "again"), "init_adapter": str(tmp_path / "out"), "max_steps": 1, "learning_rate": 1e-9}
+            **options
+            | {
+                "output_dir": str(tmp_path / "again"),
+                "init_adapter": str(tmp_path / "out"),
+                "max_steps": 1,
+                "learning_rate": 1e-9,
+            }
         )
     )
     assert again.first_validation_loss == pytest.approx(run_.validation_loss, rel=1e-6)
 
 
 def test_early_stopping(options):
-    options |= {"learning_rate": 1.0, "max_steps": 50, "eval_steps": 1, "early_stopping_patience": 2, "lr_scheduler": "constant"}
+    options |= {
+        "learning_rate": 1.0,
+        "max_steps": 50,
+        "eval_steps": 1,
+        "early_stopping_patience": 2,
+        "lr_scheduler": "constant",
+    }
     run_ = finetune(FinetuneConfig(**options))
     assert run_.steps < 50
     assert run_.best_step == run_.steps - 2
@@ -189,14 +203,25 @@ def test_gradient_checkpointing_changes_no_weight(options, tmp_path):
 
 
 def test_an_unknown_target_module_lists_what_there_is(options):
-    with pytest.raises(ModelError, match=r"--lora_target_modules qq_proj: the model has no such module; it has down_proj, gate_proj"):
+    with pytest.raises(
+        ModelError, match=r"--lora_target_modules qq_proj: the model has no such module; it has down_proj, gate_proj"
+    ):
         finetune(FinetuneConfig(**options | {"lora_target_modules": ["q_proj", "qq_proj"]}))
 
 
 def test_init_adapter_refuses_another_shape(options, tmp_path, tiny_model):
     finetune(FinetuneConfig(**options | {"max_steps": 1}))
     with pytest.raises(AdapterError):
-        finetune(FinetuneConfig(**options | {"output_dir": str(tmp_path / "o"), "base_model": str(tiny_model("GPT2")), "init_adapter": str(tmp_path / "out")}))
+        finetune(
+            FinetuneConfig(
+                **options
+                | {
+                    "output_dir": str(tmp_path / "o"),
+                    "base_model": str(tiny_model("GPT2")),
+                    "init_adapter": str(tmp_path / "out"),
+                }
+            )
+        )
 
 
 def test_cutoff_beyond_the_model(options):
@@ -231,4 +256,6 @@ def test_the_learning_rate_rises_and_falls():
     assert rates[:3] == [0.5, 1.0, 1.0]
     assert rates[-1] == pytest.approx(1 / 8)
     assert rates[2:] == sorted(rates[2:], reverse=True)
-    assert set(plan.learning_rate(step, config.model_copy(update={"lr_scheduler": "constant"})) for step in range(2, 10)) == {1.0}
+    assert {
+        plan.learning_rate(step, config.model_copy(update={"lr_scheduler": "constant"})) for step in range(2, 10)
+    } == {1.0}

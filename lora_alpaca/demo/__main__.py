@@ -29,7 +29,9 @@ def main(*, picture: Path | None = None) -> None:
     begun = time.perf_counter()
     held_out = load_conversations(str(demo_file("final")))
 
-    base = Generator.load(GenerateConfig(base_model="demo", lora_weights="none", temperature=0, max_new_tokens=LONGEST_ANSWER))
+    base = Generator.load(
+        GenerateConfig(base_model="demo", lora_weights="none", temperature=0, max_new_tokens=LONGEST_ANSWER)
+    )
     before = exact_match(base, held_out)
     print(f"before: {before:.2f} of {len(held_out)} held-out instructions are answered word for word\n", flush=True)
 
@@ -37,7 +39,9 @@ def main(*, picture: Path | None = None) -> None:
     merged_dir = export_hf(
         ExportConfig(lora_weights=str(run.output_dir), output_dir=str(FOLDER / "merged"), overwrite=True)
     )
-    merged = Generator.load(GenerateConfig(base_model=str(merged_dir), lora_weights="none", temperature=0, max_new_tokens=LONGEST_ANSWER))
+    merged = Generator.load(
+        GenerateConfig(base_model=str(merged_dir), lora_weights="none", temperature=0, max_new_tokens=LONGEST_ANSWER)
+    )
     after = exact_match(merged, held_out)
 
     asked = [*SHOWN, *held_out[:3]]
@@ -50,7 +54,8 @@ def main(*, picture: Path | None = None) -> None:
         picture.write_text(draw(answers[:4], before, after, len(held_out)), encoding="utf-8")
     print(
         f"demo: exact match {before:.2f} -> {after:.2f} on {len(held_out)} held-out instructions; "
-        f"validation loss {run.first_validation_loss:.2f} -> {run.validation_loss:.2f}; {time.perf_counter() - begun:.0f} s"
+        f"validation loss {run.first_validation_loss:.2f} -> {run.validation_loss:.2f}; "
+        f"{time.perf_counter() - begun:.0f} s"
     )
 
 
@@ -69,7 +74,10 @@ def side_by_side(row: Conversation, old: str, new: str, width: int = 56) -> str:
     """Return an instruction and its two answers as columns of text."""
     columns = [textwrap.wrap(title + " " + text, width) for title, text in (("base:", old), ("merged:", new))]
     height = max(map(len, columns))
-    lines = [f"  {left:{width}}  |  {right}" for left, right in zip(*(c + [""] * (height - len(c)) for c in columns), strict=True)]
+    lines = [
+        f"  {left:{width}}  |  {right}"
+        for left, right in zip(*(c + [""] * (height - len(c)) for c in columns), strict=True)
+    ]
     return "\n".join([f"> {row.instruction}" + (f" [{row.input}]" if row.input else ""), *lines, ""])
 
 

@@ -1,0 +1,104 @@
+"""The automatic choices of a run, each made once, before the first step, and used again when the run is resumed."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lora_alpaca import models
+from lora_alpaca.batching import steps_per_epoch
+from lora_alpaca.config import DEMO, UPSTREAM_DATA, FinetuneConfig
+from lora_alpaca.encoding import Example
+from lora_alpaca.errors import ConfigError
+from lora_alpaca.models import Base
+from lora_alpaca.reports import Reporter
+
+
+@dataclass
+class Plan:
+    """What was chosen. It is printed, and travels in the checkpoints."""
+
+    total_steps: int
+    warmup_steps: int
+    eval_steps: int
+    save_steps: int
+    micro_batch_size: int
+    gradient_checkpointing: bool = False
+
+    def __str__(self) -> str:
+        return (
+            f"{self.total_steps} steps, {self.warmup_steps} of them warm-up; micro-batches of {self.micro_batch_size}; "
+            f"validation every {self.eval_steps}, checkpoint every {self.save_steps} steps"
+        )
+
+    def learning_rate(self, step: int, config: FinetuneConfig) -> float:
+        """Return the rate of a step, counted from 0: up in a line, then as --lr_scheduler says."""
+        if step < self.warmup_steps:
+            return config.learning_rate * (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        factors = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}
+        return config.learning_rate * factors[config.lr_scheduler]
+
+
+def with_recipe(config: FinetuneConfig, world_size: int, reporter: Reporter) -> FinetuneConfig:
+    """Return the config with base and data named, and the demo base's own values where the user said nothing."""
+    chosen: dict[str, Any] = {}
+    if not config.base_model:
+        chosen["base_model"] = DEMO
+        if config.data_path:
+            reporter.say("no --base_model given: using the tiny demo model in the package")
+    if not config.data_path:
+        chosen["data_path"] = UPSTREAM_DATA if config.base_model not in ("", DEMO) else DEMO
+    if chosen.get("base_model", config.base_model) == DEMO:
+        recipe = json.loads((models.demo_base().parent / "recipe.json").read_text(encoding="utf-8"))
+        recipe = {name: value for name, value in recipe.items() if not config.said(name)}
+        if "micro_batch_size" in recipe:  # a default as any other: it gives way to the batch size and the ranks
+            share = recipe.get("batch_size", config.batch_size) // world_size
+            recipe["micro_batch_size"] = math.gcd(recipe["micro_batch_size"], share)
+        reporter.say("demo recipe: " + ", ".join(f"{name} {value}" for name, value in recipe.items()))
+        chosen |= recipe
+    return FinetuneConfig(**{name: getattr(config, name) for name in config.model_fields_set} | chosen)
+
+
+def within_model(config: FinetuneConfig, base: Base, reporter: Reporter) -> FinetuneConfig:
+    """Return the config with rows no longer than the model can take; ConfigError if longer ones were asked for."""
+    if base.max_length is None or config.cutoff_len <= base.max_length:
+        return config
+    if config.said("cutoff_len"):
+        raise ConfigError(f"--cutoff_len {config.cutoff_len}: {base.name} takes at most {base.max_length} tokens")
+    reporter.say(f"cutoff_len is {base.max_length}, the most that {base.name} takes")
+    return config.model_copy(update={"cutoff_len": base.max_length})
+
+
+def resolve(config: FinetuneConfig, rows: int, world_size: int) -> Plan:
+    """Return the plan for so many rows on so many devices, as said or by default."""
+    total = config.max_steps or math.ceil(config.num_epochs * steps_per_epoch(rows, config.batch_size))
+    warmup = min(100, math.ceil(total / 10)) if config.warmup_steps is None else config.warmup_steps
+    return Plan(
+        total_steps=total,
+        warmup_steps=min(warmup, total),
+        eval_steps=config.eval_steps or max(1, min(200, total // 4)),
+        save_steps=config.save_steps or 200,
+        micro_batch_size=config.micro_batch(world_size),
+    )
+
+
+def wants_checkpointing(
+    config: FinetuneConfig, model: Any, device: torch.device, plan: Plan, train: Sequence[Example]
+) -> bool:
+    """Return whether to recompute activations: as said, or on CUDA where the longest micro-batch might not fit.
+
+    The estimate, about 34 bytes a token, layer and unit of width plus the logits, is the one of arXiv:2205.05198 with
+    attention that keeps no score matrix.
+    """
+    if config.gradient_checkpointing != "auto":
+        return config.gradient_checkpointing == "true"
+    if device.type != "cuda":
+        return False
+    shape = model.config.get_text_config()
+    tokens = plan.micro_batch_size * max(len(example.input_ids) for example in train)
+    needed = tokens * (34 * shape.num_hidden_layers * shape.hidden_size + 10 * shape.vocab_size)
+    return needed > 0.7 * torch.cuda.mem_get_info(device)[0]

@@ -1,0 +1,50 @@
+"""What people's programs and scripts rely on: a name or a flag is added or removed here, on purpose, or not at all."""
+
+import re
+
+import pytest
+
+import lora_alpaca
+
+NAMES = """
+    AdapterError CheckpointError ConfigError DataError ExportConfig ExportError FinetuneConfig FolderError
+    GenerateConfig Generator LoraAlpacaError ModelError Run Template TemplateError TrainingError __version__ export_hf finetune
+    load_template
+"""
+
+MODEL = "base_model revision trust_remote_code device dtype"
+FLAGS = {
+    "finetune.py": f"""
+        {MODEL} load_4bit load_8bit data_path output_dir prompt_template_name cutoff_len val_set_size train_on_inputs
+        add_eos_token batch_size micro_batch_size num_epochs max_steps learning_rate lr_scheduler warmup_steps
+        weight_decay max_grad_norm group_by_length gradient_checkpointing seed lora_r lora_alpha lora_dropout lora_target_modules
+        use_rslora use_dora init_adapter eval_steps save_steps logging_steps save_total_limit early_stopping_patience
+        resume resume_from_checkpoint overwrite report_to wandb_project wandb_run_name wandb_watch wandb_log_model
+    """,
+    "generate.py": f"""
+        {MODEL} load_4bit load_8bit lora_weights prompt_template instruction input chat server_name server_port
+        share_gradio temperature top_p top_k num_beams max_new_tokens seed
+    """,
+    "export_hf_checkpoint.py": f"{MODEL} lora_weights output_dir prompt_template overwrite",
+}
+
+
+def test_the_names_of_the_library():
+    assert sorted(lora_alpaca.__all__) == sorted(NAMES.split())
+
+
+@pytest.mark.parametrize("name", NAMES.split())
+def test_every_name_is_there(name):
+    assert getattr(lora_alpaca, name) is not None
+    assert name in dir(lora_alpaca)
+
+
+def test_a_name_that_is_not_there():
+    with pytest.raises(AttributeError, match="no attribute 'finetuen'"):
+        lora_alpaca.finetuen  # noqa: B018  the access is the test
+
+
+@pytest.mark.parametrize("script", FLAGS)
+def test_the_flags_of_the_scripts(script, run_script, tmp_path):
+    helped = run_script(script, "--help", cwd=tmp_path, check=True).stdout
+    assert sorted(re.findall(r"^  --(\w+) ", helped, re.MULTILINE)) == sorted(FLAGS[script].split())
