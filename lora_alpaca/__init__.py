@@ -8,11 +8,14 @@
 Names are imported when they are first used, so that importing the package costs nothing.
 """
 
+import logging
 import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when huggingface_hub is imported, so it stands here
+# Both are read while other libraries are imported, so they stand here.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # it urges to install `kernels`, which fetches code
 
 __version__ = "0.1.0"
 

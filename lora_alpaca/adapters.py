@@ -5,6 +5,7 @@ has a place for: nothing is dropped, and nothing stays at its initial value in s
 """
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def attach(model: Any, config: FinetuneConfig, base: Base) -> PeftModel:
     targets = _target_modules(model, config)
     lora = LoraConfig(
         r=config.lora_r,
-        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT says int and takes any number
+        lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=targets,
         use_rslora=config.use_rslora,
@@ -47,7 +48,10 @@ def attach(model: Any, config: FinetuneConfig, base: Base) -> PeftModel:
 
 
 def _with_adapter(model: Any, lora: LoraConfig) -> PeftModel:
-    peft_model = get_peft_model(model, lora)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT reads what transformers has renamed
+        warnings.filterwarnings("ignore", message=".*base_model_name_or_path.*renamed")  # its path on this machine
+        peft_model = get_peft_model(model, lora)
     peft_model.active_peft_config.revision = lora.revision
     assert isinstance(peft_model, PeftModel)
     return peft_model

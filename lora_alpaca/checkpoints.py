@@ -88,7 +88,7 @@ def newest(output_dir: Path) -> tuple[Path | None, list[str]]:
 
     Raises CheckpointError where there are checkpoints and none verifies.
     """
-    passed = []
+    passed: list[str] = []
     for folder in _folders(output_dir):
         if not (reason := damage(folder)):
             return folder, passed

@@ -5,11 +5,9 @@ and stray words. Every value stays a string until pydantic checks it, and nothin
 """
 
 import difflib
-import logging
 import os
 import sys
 import textwrap
-import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn, TypeVar, get_args
 
@@ -28,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run `VERB --flag value ...` and exit: 0 done, 1 failed, 2 said wrongly, 130 interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        sys.exit(_answer(words))
+        _answer(words)
+        sys.exit(0)
     except LoraAlpacaError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -55,8 +54,6 @@ def _answer(words: list[str]) -> None:
 def _run(config: Options) -> None:
     """Hand a good config to the library function behind it; the heavy imports begin here."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its warning about forks is not the user's to solve
-    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # it urges to install `kernels`, which fetches code
-    warnings.simplefilter("ignore", FutureWarning)  # nor are what libraries will rename in each other
     if isinstance(config, FinetuneConfig):
         from lora_alpaca.training import finetune
 

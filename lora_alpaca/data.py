@@ -65,9 +65,9 @@ def _read_local(path: Path) -> Iterator[tuple[int, Any]]:
     if text.lstrip().startswith("["):
         yield from enumerate(_decode(text, str(path)), start=1)
         return
-    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: U+2028 may stand inside a text
-        if line.strip():
-            yield number, _decode(line, f"{path}:{number}")
+    for number, row in enumerate(text.split("\n"), start=1):  # not splitlines: U+2028 may stand inside a text
+        if row.strip():
+            yield number, _decode(row, f"{path}:{number}")
 
 
 def _decode(text: str, where: str) -> Any:

@@ -186,7 +186,7 @@ class _Watcher(StoppingCriteria):
     def __init__(self, prompt_length: int, arrived: "queue.Queue[Any] | None", left: threading.Event):
         self.prompt_length, self.arrived, self.left = prompt_length, arrived, left
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         if self.arrived is not None:
             self.arrived.put(input_ids[0, self.prompt_length :].tolist())
         return torch.full((input_ids.shape[0],), self.left.is_set(), device=input_ids.device, dtype=torch.bool)

@@ -87,7 +87,8 @@ class Template:
             _check_placeholders(fields[key], key, allowed, where)
             if fields["response_split"] not in fields[key]:
                 raise TemplateError(f"{where}: response_split {fields['response_split']!r} does not occur in {key}")
-        return cls(fields.get("name", name), *(fields[key] for key in KEYS), str(fields.get("description", "")))
+        texts = {key: fields[key] for key in KEYS}
+        return cls(name=fields.get("name", name), description=str(fields.get("description", "")), **texts)
 
 
 def _check_placeholders(form: str, key: str, allowed: set[str], where: str) -> None:

@@ -71,7 +71,7 @@ def finetune(config: FinetuneConfig) -> Run:
             plan.gradient_checkpointing = planning.wants_checkpointing(config, model, ranks.device, plan, train)
         if plan.gradient_checkpointing:
             model.enable_input_require_grads()
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         learner = Learner(
             model, ranks, plan.micro_batch_size, tokenizer.pad_token_id, config.weight_decay, config.max_grad_norm
         )
@@ -210,10 +210,10 @@ def _checkpoint_to_resume(config: FinetuneConfig, output_dir: Path) -> Path | No
         folders.check(output_dir, overwrite=folders.standing(output_dir) == "unfinished", ways_on="")
         return folder
     if config.resume:
-        folder, passed = checkpoints.newest(output_dir)
-        print(*passed, f"resuming from {folder}" if folder else "--resume: no checkpoint yet; starting fresh", sep="\n")
-        if folder:
-            return folder
+        newest, passed = checkpoints.newest(output_dir)
+        print(*passed, f"resuming from {newest}" if newest else "--resume: no checkpoint yet; starting fresh", sep="\n")
+        if newest:
+            return newest
     ways_on = "go on with --resume, or start anew with --overwrite"
     folders.check(output_dir, config.overwrite or config.resume, ways_on)
     return None

@@ -10,10 +10,10 @@ import ipaddress
 import os
 import socket
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
@@ -27,9 +27,8 @@ from lora_alpaca.generation import Generator
 
 TITLE = "LoRA Alpaca"
 PORTS = range(7860, 7960)  # tried in turn when none is asked for
-SLIDERS: dict[
-    str, tuple[str, float, float, float, str]
-] = {  # option: label, lowest, highest, step (whole: an int), what it does
+# Option: label, lowest, highest, step, what it does. A browser sends 1.0 as 1; the type of the step restores it.
+SLIDERS: dict[str, tuple[str, float, float, float, str]] = {
     "temperature": ("Temperature", 0, 2, 0.01, "0 always takes the likeliest token"),
     "top_p": ("Top p", 0.01, 1, 0.01, "Draw from the likeliest share"),
     "top_k": ("Top k", 0, 100, 1, "Draw from so many; 0 is no limit"),
@@ -54,7 +53,6 @@ THEME = gr.themes.Default(
 )
 CSS = """
 .gradio-container { max-width: 1120px !important; margin: 0 auto !important; }
-@media (max-width: 480px) { .gradio-container > .main { padding: 16px 12px !important; } }
 #stream { min-width: min(280px, 100%) !important; }
 #head h1 { font-size: 1.6rem; margin: 0 0 0.2rem; }
 #head p { color: var(--body-text-color-subdued); margin: 0; overflow-wrap: anywhere; }
@@ -94,12 +92,13 @@ def build(generator: Generator, config: GenerateConfig) -> gr.Blocks:
 
 def launch(generator: Generator, config: GenerateConfig) -> None:
     """Serve the page until the process is interrupted. Raises ConfigError for an address that cannot be listened on."""
-    page = build(generator, config)
     port, is_private = _address(config.server_name, config.server_port)
+    page = build(generator, config)
     host = f"[{config.server_name}]" if ":" in config.server_name else config.server_name
     if not is_private or config.share_gradio:
         print("warning: the page has no password; whoever reaches its address can use it", file=sys.stderr)
-    _bypass_proxy(config.server_name)
+    direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+    os.environ["no_proxy"] = ",".join(filter(None, [direct, "localhost", config.server_name]))  # gradio calls the page
     try:
         page.launch(
             server_name=host,
@@ -121,7 +120,7 @@ def launch(generator: Generator, config: GenerateConfig) -> None:
         raise ConfigError(f"--server_name {config.server_name} --server_port {port}: {error}") from error
     print(f"listening on {page.local_url} (Ctrl+C stops)", file=sys.stderr)
     try:
-        threading.Event().wait()
+        Event().wait()
     finally:
         page.close(verbose=False)
 
@@ -166,27 +165,24 @@ def _slider(name: str, value: float) -> gr.Slider:
 def _described(generator: Generator, config: GenerateConfig) -> str:
     """Return a line on what answers here. Of a folder only its name is shown, for the page may be public."""
     model = generator.model
-    base = config.base_model or os.environ.get("BASE_MODEL") or model.config.name_or_path
-    adapter = config.lora_weights or (ADAPTER_DIR if hasattr(model, "peft_config") else "")
-    named = _short(base) + (f" with the adapter {_short(adapter)}" if adapter else ", without an adapter")
-    return f"Model: {named}. What it says may be wrong."
-
-
-def _short(name: str) -> str:
-    if name == str(models.demo_base()):
-        return DEMO
-    return Path(name).resolve().name if Path(name).is_dir() else name
+    base = model.config.name_or_path
+    names = [DEMO if base == str(models.demo_base()) else base]
+    if hasattr(model, "peft_config"):
+        names.append(config.lora_weights or ADAPTER_DIR)
+    shown = [Path(name).resolve().name if Path(name).expanduser().exists() else name for name in names]
+    return f"Model: {' with the adapter '.join(shown)}. What it says may be wrong."
 
 
 def _address(host: str, port: int | None) -> tuple[int, bool]:
     """Return the port to listen on, the next free one if none is asked for, and whether it is this machine's alone."""
+    try:
+        family, *_, (address, *_) = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError):
+        raise ConfigError(f"--server_name {host}: no such host; 127.0.0.1 is this machine") from None
     for candidate in PORTS if port is None else [port]:
         try:
-            family, *_, address = socket.getaddrinfo(host, candidate, type=socket.SOCK_STREAM)[0]
-            socket.create_server(address[:2], family=family).close()
-            return candidate, ipaddress.ip_address(address[0]).is_loopback
-        except (socket.gaierror, UnicodeError):
-            raise ConfigError(f"--server_name {host}: no such host; 127.0.0.1 is this machine") from None
+            socket.create_server((str(address), candidate), family=family).close()
+            return candidate, ipaddress.ip_address(address).is_loopback
         except OSError as error:
             if error.errno == errno.EADDRNOTAVAIL:
                 raise ConfigError(f"--server_name {host}: not an address of this machine") from None
@@ -194,9 +190,3 @@ def _address(host: str, port: int | None) -> tuple[int, bool]:
                 raise ConfigError(f"--server_port {candidate}: {error.strerror}") from None
     asked = f"{PORTS[0]} to {PORTS[-1]} are" if port is None else f"{port} is"
     raise ConfigError(f"--server_port: {asked} in use; name another one, or leave the flag out for the next free one")
-
-
-def _bypass_proxy(host: str) -> None:
-    """Let gradio reach its own page, which it does when it starts, on a machine whose http goes through a proxy."""
-    before = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
-    os.environ["no_proxy"] = ",".join(filter(None, [before, "localhost", host]))

@@ -34,7 +34,6 @@ def test_the_adapter_loads_with_plain_peft_and_the_merge_with_plain_transformers
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-
     merged = export(adapter, tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(merged)
     ids = tokenizer("Where does the owl live?", return_tensors="pt")["input_ids"]

@@ -50,7 +50,7 @@ def interrupt(folder, last_checkpoint):
     for name in [*record.pop("files"), *(f"checkpoint-{n}" for n in (3, 6) if n > last_checkpoint)]:
         if (folder / name).is_dir():
             folders.remove_checkpoint(folder / name)
-        else:
+        elif (folder / name).is_file():
             (folder / name).unlink()
     folders.write_json(folder / folders.RECORD, record | {"status": "running"})
 

@@ -11,15 +11,12 @@ from pathlib import Path
 
 from lora_alpaca import ExportConfig, FinetuneConfig, GenerateConfig, Generator, export_hf, finetune
 from lora_alpaca.data import demo_file, load_conversations
+from lora_alpaca.demo.picture import draw
 from lora_alpaca.errors import LoraAlpacaError
 from lora_alpaca.prompts import Conversation
 
 FOLDER = Path("demo-run")
-SHOWN = [
-    Conversation("Tell me about alpacas."),
-    Conversation("What is the capital of Peru?"),
-    Conversation("Write a short story about an owl."),
-]
+SHOWN = [Conversation("Tell me about alpacas."), Conversation("What is a volcano?")]  # no facts of training rows either
 BATCH = 50
 LONGEST_ANSWER = 128  # tokens
 
@@ -44,14 +41,14 @@ def main(*, picture: Path | None = None) -> None:
     )
     after = exact_match(merged, held_out)
 
-    asked = [*SHOWN, *held_out[:3]]
-    answers = [(row, *(model.reply(row.instruction, row.input) for model in (base, merged))) for row in asked]
-    for row, old, new in answers:
+    asked = [*SHOWN, *held_out[:4]]
+    answers = []
+    for row in asked:
+        old, new = (model.reply(row.instruction, row.input) for model in (base, merged))
+        answers.append((row, old, new))
         print(side_by_side(row, old, new), flush=True)
     if picture:
-        from lora_alpaca.demo.picture import draw
-
-        picture.write_text(draw(answers[:4], before, after, len(held_out)), encoding="utf-8")
+        picture.write_text(draw(answers[:5], before, after, len(held_out)), encoding="utf-8")
     print(
         f"demo: exact match {before:.2f} -> {after:.2f} on {len(held_out)} held-out instructions; "
         f"validation loss {run.first_validation_loss:.2f} -> {run.validation_loss:.2f}; "

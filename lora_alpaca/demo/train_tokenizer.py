@@ -6,6 +6,7 @@ It takes a few seconds, and raises ValueError if transformers and SentencePiece 
 """
 
 import argparse
+import io
 import json
 from itertools import islice
 from pathlib import Path
@@ -48,9 +49,10 @@ def train_tokenizer(
     output_dir.mkdir(parents=True, exist_ok=True)
     texts = list(islice(corpus.documents(seed), num_documents))
     lines = [line for text in texts for line in text.splitlines() if line]
+    model = io.BytesIO()  # rather than a file, whose path would be written into the model
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines + 500 * PROMPT_LINES),
-        model_prefix=str(output_dir / "tokenizer"),
+        model_writer=model,
         vocab_size=vocab_size,
         model_type="bpe",
         byte_fallback=True,
@@ -66,7 +68,7 @@ def train_tokenizer(
         num_threads=1,
         minloglevel=2,
     )
-    (output_dir / "tokenizer.vocab").unlink()  # the same pieces again, for human eyes
+    (output_dir / "tokenizer.model").write_bytes(model.getvalue())
     config_file = output_dir / "tokenizer_config.json"
     config_file.write_text(json.dumps(TOKENIZER_CONFIG, indent=2) + "\n", encoding="utf-8")
 
