@@ -6,7 +6,6 @@ has a place for: nothing is dropped, and nothing stays at its initial value in s
 
 import json
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,6 @@ def attach(model: Any, config: FinetuneConfig, base: Base) -> PeftModel:
         target_modules=targets,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
-        fan_in_fan_out=_is_conv1d(model, targets),
         bias="none",
         task_type="CAUSAL_LM",
         base_model_name_or_path=base.path,
@@ -48,6 +46,8 @@ def attach(model: Any, config: FinetuneConfig, base: Base) -> PeftModel:
 
 
 def _with_adapter(model: Any, lora: LoraConfig) -> PeftModel:
+    conv1d = transformers.pytorch_utils.Conv1D  # GPT-2's layers: their weight is transposed, unless quantised
+    lora.fan_in_fan_out = any(isinstance(part, conv1d) for part in model.modules())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT reads what transformers has renamed
         warnings.filterwarnings("ignore", message=".*base_model_name_or_path.*renamed")  # its path on this machine
@@ -86,12 +86,6 @@ def _target_modules(model: Any, config: FinetuneConfig) -> list[str] | str:
             f"--lora_target_modules {','.join(missing)}: the model has no such module; it has {', '.join(there)}"
         )
     return asked
-
-
-def _is_conv1d(model: Any, targets: Sequence[str] | str) -> bool:
-    """Return whether the targets store their weight transposed, as GPT-2's do."""
-    conv = transformers.pytorch_utils.Conv1D
-    return any(isinstance(part, conv) and name.rpartition(".")[2] in targets for name, part in model.named_modules())
 
 
 def state(model: PeftModel) -> State:
