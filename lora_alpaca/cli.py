@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        again = "; --resume goes on from the last checkpoint" if words[:1] == ["finetune"] else ""
+        print(f"interrupted{again}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -78,6 +78,6 @@ def usable_tracker(name: str) -> tuple[str | None, str]:
         import wandb
 
         offline = wandb.setup().settings.mode in ("offline", "disabled", "dryrun")
-        if not offline and not wandb.api.api_key:
+        if not offline and not wandb.login(prompt=False):
             return None, "warning: --report_to wandb: not logged in (wandb login); going on without it"
     return name, ""

@@ -19,7 +19,7 @@ from lora_alpaca.planning import Plan
 from lora_alpaca.prompts import load_template
 from lora_alpaca.ranks import Ranks
 from lora_alpaca.records import Run
-from lora_alpaca.reports import minutes
+from lora_alpaca.reports import Reporter, minutes
 from lora_alpaca.step import Learner
 
 
@@ -30,15 +30,14 @@ def finetune(config: FinetuneConfig) -> Run:
     and keeps the adapter with the best validation loss. On one CPU, one config gives bit-identical adapters.
     Raises the children of LoraAlpacaError, and those about options, folders and data before a model is loaded.
     """
-    output_dir = Path(config.output_dir).expanduser()
-    if config.resume and folders.read_record(output_dir).get("status") == "finished":
-        print(f"{output_dir}: this run is already finished")
-        return records.finished_run(output_dir)
-    checkpoint_dir = _checkpoint_to_resume(config, output_dir)
-    template = load_template(config.prompt_template_name)
-
     with Ranks(config) as ranks:
         say = ranks.reporter.say
+        output_dir = Path(config.output_dir).expanduser()
+        if config.resume and folders.read_record(output_dir).get("status") == "finished":
+            say(f"{output_dir}: this run is already finished")
+            return records.finished_run(output_dir)
+        checkpoint_dir = _checkpoint_to_resume(config, output_dir, ranks.reporter)
+        template = load_template(config.prompt_template_name)
         config = planning.with_recipe(config, ranks.world_size, ranks.reporter)
         rows = data.load_conversations(config.data_path)
         train_rows, validation_rows = data.split(rows, config.val_set_size, config.seed)
@@ -76,9 +75,10 @@ def finetune(config: FinetuneConfig) -> Run:
             model, ranks, plan.micro_batch_size, tokenizer.pad_token_id, config.weight_decay, config.max_grad_norm
         )
 
+        ranks.wait()  # until all have looked at the folder that the first now makes its own
         if ranks.first:
-            say(*([] if resumed else folders.claim(output_dir, config.overwrite)))
-            output_dir.mkdir(parents=True, exist_ok=True)
+            goes_on = resumed and folders.standing(output_dir) == "unfinished"
+            say(*([] if goes_on else folders.claim(output_dir, config.overwrite)))
             folders.write_json(output_dir / folders.RECORD, record)
         ranks.wait()
         ranks.start_tracker(config, model)
@@ -203,7 +203,7 @@ def _train(
 # --------------------------------------------------------------------------------------------------------- resuming
 
 
-def _checkpoint_to_resume(config: FinetuneConfig, output_dir: Path) -> Path | None:
+def _checkpoint_to_resume(config: FinetuneConfig, output_dir: Path, reporter: Reporter) -> Path | None:
     """Return the checkpoint folder to go on from, or None for a fresh start, for which the output folder is checked."""
     if config.resume_from_checkpoint:
         folder = checkpoints.named(config.resume_from_checkpoint)
@@ -211,7 +211,7 @@ def _checkpoint_to_resume(config: FinetuneConfig, output_dir: Path) -> Path | No
         return folder
     if config.resume:
         newest, passed = checkpoints.newest(output_dir)
-        print(*passed, f"resuming from {newest}" if newest else "--resume: no checkpoint yet; starting fresh", sep="\n")
+        reporter.say(*passed, f"resuming from {newest}" if newest else "--resume: no checkpoint yet; starting fresh")
         if newest:
             return newest
     ways_on = "go on with --resume, or start anew with --overwrite"
