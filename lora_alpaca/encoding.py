@@ -140,12 +140,14 @@ class Encoder:
         ledger, examples = Ledger(), []
         rendered = [self.template.render(conversation) for conversation in conversations]
         for conversation, example in zip(conversations, self._encode_runs(rendered), strict=True):
-            if len(example.input_ids) > self.cutoff_len:
+            cut = len(example.input_ids) > self.cutoff_len
+            if cut:
                 example = Example(example.input_ids[: self.cutoff_len], example.labels[: self.cutoff_len])
-                ledger.truncated.append(conversation.where)
             if not example.scored():
                 ledger.without_label.append(conversation.where)
                 continue
+            if cut:
+                ledger.truncated.append(conversation.where)
             examples.append(example)
             ledger.rows += 1
             ledger.tokens += len(example.input_ids)

@@ -1,4 +1,4 @@
-"""What the README tells people to type works: every block under `<!-- test -->` is run, in order, in one fresh clone."""
+"""What the README tells people to type works: blocks under `<!-- test -->` are run, in order, in one fresh clone."""
 
 import os
 import re

@@ -31,7 +31,7 @@ def documents(seed: int) -> Iterator[str]:
     rng = random.Random(seed)
     kinds = {notes: 26, theme: 8, page: 12, conversation: 26, quiz_card: 10, entries: 18}  # percent
     while True:
-        write = rng.choices(list(kinds), kinds.values())[0]
+        write = rng.choices(list(kinds), list(kinds.values()))[0]
         yield write(rng)
 
 

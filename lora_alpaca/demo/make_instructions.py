@@ -12,6 +12,7 @@ import random
 from collections import defaultdict
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 from lora_alpaca.demo import world
 from lora_alpaca.demo.world import Fact
@@ -82,7 +83,7 @@ def split_topics(rng: random.Random) -> dict[str, str]:
 
 def two_rows(rng: random.Random, fact: Fact) -> list[Row]:
     """Ask for a fact in two different ways."""
-    wordings = set()
+    wordings: set[tuple[str, str]] = set()
     while len(wordings) < 2:
         wordings.add(word(rng, fact))
     return [
@@ -109,7 +110,8 @@ def leaks(splits: dict[str, list[Row]]) -> list[str]:
     """
     stated = {fact.answer: (fact.topic, f"{fact.relation} of {fact.subject}") for fact in world.facts()}
     stated |= {portrait.text: (portrait.topic, f"about {portrait.topic}") for portrait in world.portraits()}
-    problems, contents = [], {}
+    problems: list[str] = []
+    contents: dict[str, dict[str, set[Any]]] = {}
     for split, rows in splits.items():
         known = [stated[row["output"]] for row in rows if row["output"] in stated]
         problems += [f"{split}: no fact: {row['output']!r}" for row in rows if row["output"] not in stated]
