@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -152,6 +153,11 @@ def set_state(model: PeftModel, tensors: State, where: str) -> None:
 def trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     """Return the parameters that training moves, in the model's order."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def layers(model: PeftModel) -> list[LoraLayer]:
+    """Return the layers that carry an adapter."""
+    return [part for part in model.modules() if isinstance(part, LoraLayer)]
 
 
 def download(hub_id: str, revision: str | None = None) -> Path:

@@ -14,8 +14,9 @@ from typing import Any, NoReturn, TypeVar, get_args
 import fire
 from fire.decorators import SetParseFn
 
-from lora_alpaca.config import ExportConfig, FinetuneConfig, GenerateConfig, Options
+from lora_alpaca.config import ExportConfig, FinetuneConfig, GenerateConfig
 from lora_alpaca.errors import ConfigError, LoraAlpacaError
+from lora_alpaca.options import Options
 
 Config = TypeVar("Config", bound=Options)
 

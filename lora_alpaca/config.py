@@ -4,74 +4,19 @@ The command line, `--help`, the record in the adapter folder and the documentati
 This module imports neither torch nor any other heavy library, so a wrong flag is answered at once.
 """
 
-import difflib
 import math
 import os
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, model_validator
 
 from lora_alpaca.errors import ConfigError
+from lora_alpaca.options import AutoBool, Device, Dtype, Finite, Names, Options, lower, option
 
 DEMO = "demo"  # the name of the base model and of the data inside the package
 UPSTREAM_DATA = "yahma/alpaca-cleaned"
 ADAPTER_DIR = "./lora-alpaca"
 EXPORT_DIR = "./hf_ckpt"
-
-
-def option(default: Any, group: str, help: str, *, unit: str = "", auto: str = "", **checks: Any) -> Any:
-    """Return a pydantic field; `auto` says in words what a default of None means, `checks` are pydantic's own."""
-    return Field(default, description=help, json_schema_extra={"group": group, "unit": unit, "auto": auto}, **checks)
-
-
-def _names(value: Any) -> Any:
-    """Return `[q_proj,v_proj]` or `q_proj,v_proj`, as typed on a command line, as a list of names."""
-    if not isinstance(value, str):
-        return value
-    return [name.strip().strip("'\"") for name in value.strip().strip("[]()").split(",") if name.strip()]
-
-
-def _lower(value: Any) -> Any:
-    return value.lower() if isinstance(value, str) else value
-
-
-Names = Annotated[list[str], BeforeValidator(_names), Field(min_length=1)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Dtype = Annotated[Literal["auto", "bf16", "fp16", "fp32"], BeforeValidator(_lower)]
-Device = Annotated[Literal["auto", "cuda", "mps", "cpu"], BeforeValidator(_lower)]
-AutoBool = Annotated[Literal["auto", "true", "false"], BeforeValidator(lambda value: str(value).lower())]
-
-
-class Options(BaseModel):
-    """The base of the three configs: frozen, no unknown name, and one line for every mistake at once."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False, protected_namespaces=())
-
-    def __init__(self, **options: Any):
-        try:
-            super().__init__(**options)
-        except ValidationError as error:
-            raise ConfigError("; ".join(self._sentence(problem) for problem in error.errors())) from None
-
-    @classmethod
-    def _sentence(cls, problem: Any) -> str:
-        """Return one pydantic problem as `--flag: what is wrong`."""
-        where, message = problem["loc"], problem["msg"]
-        if not where:  # a check over several options, raised below
-            return str(problem["ctx"]["error"]) if "ctx" in problem else message
-        if problem["type"] == "extra_forbidden":
-            return cls.unknown(str(where[0]))
-        return f"--{where[0]} {problem['input']}: {message[0].lower()}{message[1:]}"
-
-    @classmethod
-    def unknown(cls, name: str) -> str:
-        """Return the sentence for an option that does not exist, with the nearest one that does."""
-        near = difflib.get_close_matches(name, cls.model_fields, n=1)
-        return f"unknown flag --{name}; " + (f"did you mean --{near[0]}?" if near else "--help lists them all")
-
-    def said(self, name: str) -> bool:
-        """Return whether the user gave this option, rather than leaving it at its default."""
-        return name in self.model_fields_set
 
 
 class ModelOptions(Options):
@@ -217,10 +162,10 @@ class FinetuneConfig(ModelOptions):
     )
     wandb_project: str = option("", "progress and saving", "Weights & Biases project; naming one turns wandb on.")
     wandb_run_name: str = option("", "progress and saving", "Weights & Biases run name.")
-    wandb_watch: Annotated[Literal["", "false", "gradients", "all"], BeforeValidator(_lower)] = option(
+    wandb_watch: Annotated[Literal["", "false", "gradients", "all"], BeforeValidator(lower)] = option(
         "", "progress and saving", "What wandb watches of the adapter: false, gradients or all."
     )
-    wandb_log_model: Annotated[Literal["", "false", "true"], BeforeValidator(_lower)] = option(
+    wandb_log_model: Annotated[Literal["", "false", "true"], BeforeValidator(lower)] = option(
         "", "progress and saving", "Whether wandb keeps the finished adapter: false or true."
     )
 

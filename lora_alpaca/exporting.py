@@ -10,7 +10,6 @@ from typing import Any
 
 import psutil
 import torch
-from peft.tuners.lora import LoraLayer
 
 from lora_alpaca import adapters, folders, models, records
 from lora_alpaca.config import ExportConfig
@@ -130,7 +129,7 @@ def _logits(model: Any, probes: list[torch.Tensor]) -> torch.Tensor:
 def _merge(model: Any, adapter: Path) -> int:
     """Merge layer by layer and return how many weights changed; AdapterError if none does."""
     changed = 0
-    for layer in (part for part in model.modules() if isinstance(part, LoraLayer)):
+    for layer in adapters.layers(model):
         weight = layer.get_base_layer().weight
         before = weight.detach().clone()
         layer.merge(safe_merge=True)  # raises on NaN before it touches the weight

@@ -1,9 +1,9 @@
 """The rules of the house, read from the imports: they point down, and each library has one home."""
 
 import ast
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +14,7 @@ PACKAGE = ROOT / "lora_alpaca"
 
 LAYERS = [  # a module imports only from lines above its own
     "errors",
+    "options",
     "config",
     "prompts",
     "data",
@@ -45,10 +46,10 @@ HOMES = {  # the modules that may import a library
     "huggingface_hub": {"adapters"},
     "peft": {"adapters"},
     "psutil": {"exporting"},
-    "pydantic": {"config"},
+    "pydantic": {"config", "options"},
     "safetensors": {"adapters", "checkpoints", "folders", "models"},
     "tokenizers": {"encoding"},
-    "torch": set(LAYERS) - {"errors", "config", "prompts", "data", "cli"},
+    "torch": set(LAYERS) - {"errors", "options", "config", "prompts", "data", "cli"},
     "tqdm": {"reports"},
     "transformers": {"adapters", "generation", "models", "quantization"},
     "wandb": {"reports"},
@@ -123,9 +124,11 @@ def test_importing_costs_nothing(module):
 
 @pytest.mark.parametrize("script", ["finetune.py", "generate.py", "export_hf_checkpoint.py"])
 def test_help_is_instant(script, run_script, tmp_path):
+    """Under half a second of processor time, which is the time it takes on a machine that does nothing else."""
     seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert run_script(script, "--help", cwd=tmp_path).returncode == 0
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.5  # the best of them: the others also measure what else the machine was doing
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 0.5

@@ -1,0 +1,64 @@
+"""What an option is: a checked field with group, unit and meaning, in a config that tells all mistakes at once."""
+
+import difflib
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from lora_alpaca.errors import ConfigError
+
+
+def option(default: Any, group: str, help: str, *, unit: str = "", auto: str = "", **checks: Any) -> Any:
+    """Return a pydantic field; `auto` says in words what a default of None means, `checks` are pydantic's own."""
+    return Field(default, description=help, json_schema_extra={"group": group, "unit": unit, "auto": auto}, **checks)
+
+
+def _names(value: Any) -> Any:
+    """Return `[q_proj,v_proj]` or `q_proj,v_proj`, as typed on a command line, as a list of names."""
+    if not isinstance(value, str):
+        return value
+    return [name.strip().strip("'\"") for name in value.strip().strip("[]()").split(",") if name.strip()]
+
+
+def lower(value: Any) -> Any:
+    """Return a text in lower case, so that choices may be typed in any."""
+    return value.lower() if isinstance(value, str) else value
+
+
+Names = Annotated[list[str], BeforeValidator(_names), Field(min_length=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Dtype = Annotated[Literal["auto", "bf16", "fp16", "fp32"], BeforeValidator(lower)]
+Device = Annotated[Literal["auto", "cuda", "mps", "cpu"], BeforeValidator(lower)]
+AutoBool = Annotated[Literal["auto", "true", "false"], BeforeValidator(lambda value: str(value).lower())]
+
+
+class Options(BaseModel):
+    """The base of the three configs: frozen, no unknown name, and one line for every mistake at once."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False, protected_namespaces=())
+
+    def __init__(self, **options: Any):
+        try:
+            super().__init__(**options)
+        except ValidationError as error:
+            raise ConfigError("; ".join(self._sentence(problem) for problem in error.errors())) from None
+
+    @classmethod
+    def _sentence(cls, problem: Any) -> str:
+        """Return one pydantic problem as `--flag: what is wrong`."""
+        where, message = problem["loc"], problem["msg"]
+        if not where:  # a check over several options, raised below
+            return str(problem["ctx"]["error"]) if "ctx" in problem else message
+        if problem["type"] == "extra_forbidden":
+            return cls.unknown(str(where[0]))
+        return f"--{where[0]} {problem['input']}: {message[0].lower()}{message[1:]}"
+
+    @classmethod
+    def unknown(cls, name: str) -> str:
+        """Return the sentence for an option that does not exist, with the nearest one that does."""
+        near = difflib.get_close_matches(name, cls.model_fields, n=1)
+        return f"unknown flag --{name}; " + (f"did you mean --{near[0]}?" if near else "--help lists them all")
+
+    def said(self, name: str) -> bool:
+        """Return whether the user gave this option, rather than leaving it at its default."""
+        return name in self.model_fields_set
