@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from lora_alpaca import quantization
 from lora_alpaca.config import DEMO, ModelOptions
@@ -123,8 +124,9 @@ def locate_base(name: str, revision: str | None = None, trust_remote_code: bool 
         raise ModelError(f"--base_model {name}: {hint if folder.exists() else 'no such folder'}")
     path = str(folder.resolve()) if local else name
     with _one_line(f"--base_model {name}"):
-        config = transformers.AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-    commit = None if local else getattr(config, "_commit_hash", None) or revision
+        # the file lies in a folder named by its commit: what a branch means may change, and this does not
+        commit = None if local else extract_commit_hash(cached_file(path, "config.json", revision=revision), None)
+        config = transformers.AutoConfig.from_pretrained(path, revision=commit, trust_remote_code=trust_remote_code)
     return Base(path if local and name != DEMO else name, path, commit, trust_remote_code, config)
 
 

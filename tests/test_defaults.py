@@ -7,7 +7,7 @@ import pytest
 import torch
 from command import refused, run
 
-from lora_alpaca import data, folders, models
+from lora_alpaca import data, folders, models, planning
 from lora_alpaca.config import FinetuneConfig, GenerateConfig
 
 SHORT = ["--max_steps", "1", "--batch_size", "2", "--val_set_size", "2", "--cutoff_len", "96"]
@@ -272,3 +272,54 @@ def test_no_end_token_is_warned_about(train):
 
 def test_val_set_size_is_at_most_a_tenth():
     assert len(data.split(list(range(990)), None, 42)[1]) == 99
+
+
+def test_the_optimizer():
+    config = FinetuneConfig()
+    assert (config.lr_scheduler, config.max_grad_norm, config.weight_decay) == ("linear", 1.0, 0.0)
+    assert (config.save_total_limit, config.batch_size, config.learning_rate) == (3, 128, 3e-4)
+    plan = planning.resolve(config, rows=999, world_size=1)
+    assert (plan.total_steps, plan.warmup_steps, plan.eval_steps, plan.save_steps) == (24, 3, 6, 200)
+    assert planning.resolve(config, rows=52_000, world_size=1).warmup_steps == 100
+
+
+def test_what_is_optimised_and_how(train, monkeypatch):
+    made = []
+    adamw = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *args, **options: made.append(adamw(*args, **options)) or made[-1])
+    train()
+    assert made[0].defaults["weight_decay"] == 0
+    assert len(made[0].param_groups[0]["params"]) == 8  # A and B of q and v in two layers, and nothing else
+
+
+# --------------------------------------------------------------------------------------------------------- the hub
+
+
+def test_a_base_from_the_hub_is_pinned_to_its_commit(tiny_llama, data_path, tmp_path, run_script):
+    """Offline, from a cache as huggingface_hub leaves it: the commit is recorded, and used when generating."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "cache" / "models--someone--tiny"
+    shutil.copytree(tiny_llama, cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    hub = {"HF_HUB_CACHE": str(tmp_path / "cache")}
+    words = ["--base_model", "someone/tiny", "--data_path", data_path, *SHORT, "--load_8bit", "False"]
+    run_script("finetune.py", *words, cwd=tmp_path, check=True, **hub)
+    record = folders.read_record(tmp_path / "lora-alpaca")
+    assert (record["base_model"], record["base_revision"]) == ("someone/tiny", commit)
+    (cached / "refs" / "main").write_text("f" * 40)  # the branch has moved on; the recorded commit has not
+    answered = run_script("generate.py", *ASK, cwd=tmp_path, check=True, **hub)
+    assert "adapter lora-alpaca on someone/tiny" in answered.stderr
+
+
+def test_a_base_that_is_nowhere():
+    result = run("finetune", "--base_model", "someone/nothing", "--data_path", "demo", "--max_steps", "1")
+    assert result.code == 1
+    assert result.err.startswith("error: --base_model someone/nothing:")
+    assert len(result.err.strip().splitlines()) == 1
+
+
+def test_an_adapter_is_no_base(train):
+    train()
+    shutil.copytree("lora-alpaca", "copy")
+    assert "an adapter, not a base model" in run("finetune", "--base_model", "./copy", "--data_path", "demo").err

@@ -113,3 +113,18 @@ def test_what_training_saw_is_what_generation_feeds(generator, monkeypatch):
     example = Encoder(generator.tokenizer, generator.template, 512).encode(rows)[0][0]
     assert example.input_ids[: len(fed[0])] == fed[0]
     assert example.labels[len(fed[0]) - 1] == -100 != example.labels[len(fed[0])]
+
+
+def test_chat_in_the_terminal(tiny_llama, tmp_path, monkeypatch):
+    import io
+
+    from command import run
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO("Where does the owl live?\nAnd the bee?\n\nnever read\n"))
+    words = ["--base_model", tiny_llama, "--prompt_template", "alpaca", "--max_new_tokens", 5, "--temperature", 0]
+    result = run("generate", "--chat", *words)
+    assert result.code == 0
+    one = run("generate", "--instruction", "Where does the owl live?", *words).out
+    two = run("generate", "--instruction", "And the bee?", *words).out
+    assert result.out == one + two
