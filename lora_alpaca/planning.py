@@ -54,6 +54,8 @@ def with_recipe(config: FinetuneConfig, world_size: int, reporter: Reporter) -> 
         chosen["data_path"] = UPSTREAM_DATA if config.base_model not in ("", DEMO) else DEMO
     if chosen.get("base_model", config.base_model) == DEMO:
         recipe = json.loads((models.demo_base().parent / "recipe.json").read_text(encoding="utf-8"))
+        if chosen.get("data_path", config.data_path) != DEMO:
+            del recipe["val_set_size"]  # it fits the demo's rows; the others fit the model
         recipe = {name: value for name, value in recipe.items() if not config.said(name)}
         if "micro_batch_size" in recipe:  # a default as any other: it gives way to the batch size and the ranks
             share = recipe.get("batch_size", config.batch_size) // world_size

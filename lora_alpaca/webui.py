@@ -42,6 +42,7 @@ THEME = gr.themes.Default(
     font_mono=("ui-monospace", "monospace"),
 ).set(  # the theme's own greys and ambers are too light to read
     button_primary_background_fill="*primary_700",
+    button_primary_background_fill_dark="*primary_700",
     button_primary_background_fill_hover="*primary_800",
     slider_color="*primary_700",
     checkbox_background_color_selected="*primary_700",
@@ -170,7 +171,7 @@ def _described(generator: Generator, config: GenerateConfig) -> str:
     if hasattr(model, "peft_config"):
         names.append(config.lora_weights or ADAPTER_DIR)
     shown = [Path(name).resolve().name if Path(name).expanduser().exists() else name for name in names]
-    return f"Model: {' with the adapter '.join(shown)}. What it says may be wrong."
+    return f"Model: {', adapter: '.join(shown)}. What it says may be wrong."
 
 
 def _address(host: str, port: int | None) -> tuple[int, bool]:

@@ -23,7 +23,7 @@ os.environ |= {
     "GRADIO_ANALYTICS_ENABLED": "False",
     "WANDB_MODE": "offline",
     "TOKENIZERS_PARALLELISM": "false",
-    "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", ""),  # a test marked gpu asks for its device
+    "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", ""),  # a GPU only if named
     "OMP_NUM_THREADS": str(max(1, min(2, (os.cpu_count() or 1) // WORKERS))),
     "PYTHONPATH": os.pathsep.join(filter(None, [str(OFFLINE), str(ROOT), os.environ.get("PYTHONPATH")])),
 }

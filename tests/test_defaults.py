@@ -108,6 +108,14 @@ def test_data_path_only_trains_the_demo_base_and_says_so(data_path):
     assert "no --base_model given: using the tiny demo model" in result.out
 
 
+def test_three_rows_are_enough(tmp_path):
+    rows = [{"instruction": f"Greet the {animal}.", "output": f"Hello, {animal}!"} for animal in ("owl", "bee", "fox")]
+    (tmp_path / "three.json").write_text(json.dumps(rows))
+    result = run("finetune", "--data_path", "three.json", "--max_steps", "2")
+    assert result.code == 0, result.err
+    assert "0 rows held out" in result.out
+
+
 def test_a_finished_run_in_the_way_is_set_aside(train):
     assert train().code == 0
     assert "they are now in" in train().out

@@ -198,11 +198,11 @@ def test_head_names_what_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     generator.model.config.name_or_path = str(models.demo_base())
     assert described() == described(lora_weights="none") == "Model: demo"
     generator.model.peft_config = {}  # as PEFT's models have
-    assert described(lora_weights="someone/adapter") == "Model: demo with the adapter someone/adapter"
+    assert described(lora_weights="someone/adapter") == "Model: demo, adapter: someone/adapter"
     Path("lora-alpaca").mkdir()
-    assert described() == "Model: demo with the adapter lora-alpaca"
+    assert described() == "Model: demo, adapter: lora-alpaca"
     generator.model.config.name_or_path = str(tmp_path)
-    assert described() == f"Model: {tmp_path.name} with the adapter lora-alpaca"
+    assert described() == f"Model: {tmp_path.name}, adapter: lora-alpaca"
 
 
 def test_analytics_are_off_and_fonts_are_the_systems(monkeypatch: pytest.MonkeyPatch) -> None:
