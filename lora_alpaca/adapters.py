@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from lora_alpaca.config import FinetuneConfig
-from lora_alpaca.errors import AdapterError, ModelError
+from lora_alpaca.errors import AdapterError, ConfigError, ModelError
 from lora_alpaca.models import Base
 
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"  # the names that PEFT reads
@@ -101,13 +101,32 @@ def settings(model: PeftModel) -> dict[str, Any]:
     return {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(facts.items())}
 
 
-def load(model: Any, folder: Path, trainable: bool = False) -> PeftModel:
-    """Return the model with the adapter of a folder on it. Raises AdapterError where not everything fits."""
+def check_start(config: FinetuneConfig) -> None:
+    """Raise AdapterError if --init_adapter holds no adapter, ConfigError if it is not of the shape that was said."""
+    folder = Path(config.init_adapter or "").expanduser()
+    if not (folder / SETTINGS).is_file():
+        raise AdapterError(f"--init_adapter {folder}: no adapter there ({SETTINGS} is missing)")
+    saved = read_json(folder / SETTINGS)
+    options = {"lora_r": "r", "lora_alpha": "lora_alpha", "use_rslora": "use_rslora", "use_dora": "use_dora"}
+    for option, key in options.items():
+        if config.said(option) and getattr(config, option) != saved.get(key):
+            raise ConfigError(f"--{option} {getattr(config, option)}: --init_adapter {folder} has {saved.get(key)}")
+    if config.said("lora_target_modules") and set(config.lora_target_modules) != set(saved.get("target_modules", [])):
+        has = ",".join(saved.get("target_modules", []))
+        raise ConfigError(f"--lora_target_modules {','.join(config.lora_target_modules)}: --init_adapter has {has}")
+
+
+def load(model: Any, folder: Path, trainable: bool = False, dropout: float = 0.0) -> PeftModel:
+    """Return the model with the adapter of a folder on it, to be trained with `dropout` if it is trainable.
+
+    Raises AdapterError where not everything fits.
+    """
     if not (folder / SETTINGS).is_file():
         raise AdapterError(f"{folder}: no adapter there ({SETTINGS} is missing)")
     try:
         lora = LoraConfig.from_pretrained(str(folder))
         lora.inference_mode = not trainable
+        lora.lora_dropout = dropout
         peft_model = _with_adapter(model, lora)
     except (ValueError, TypeError, KeyError) as error:
         raise AdapterError(

@@ -38,6 +38,8 @@ def finetune(config: FinetuneConfig) -> Run:
             return records.finished_run(output_dir)
         checkpoint_dir = _checkpoint_to_resume(config, output_dir, ranks.reporter)
         template = load_template(config.prompt_template_name)
+        if config.init_adapter:
+            adapters.check_start(config)
         config = planning.with_recipe(config, ranks.world_size, ranks.reporter)
         rows = data.load_conversations(config.data_path)
         train_rows, validation_rows = data.split(rows, config.val_set_size, config.seed)
@@ -63,7 +65,8 @@ def finetune(config: FinetuneConfig) -> Run:
         torch.manual_seed(config.seed)  # the adapter's first weights are the same on every rank
         model = models.load_base(base, ranks.placement)  # the first heavy step
         if config.init_adapter:
-            model = adapters.load(model, Path(config.init_adapter).expanduser(), trainable=True)
+            start = Path(config.init_adapter).expanduser()
+            model = adapters.load(model, start, trainable=True, dropout=config.lora_dropout)
         else:
             model = adapters.attach(model, config, base)
         if not resumed:

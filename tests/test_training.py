@@ -8,7 +8,7 @@ from command import refused, run
 from safetensors.torch import load_file
 
 from lora_alpaca import FinetuneConfig, finetune, folders
-from lora_alpaca.errors import AdapterError, CheckpointError, ModelError
+from lora_alpaca.errors import AdapterError, CheckpointError, ConfigError, ModelError
 from lora_alpaca.planning import Plan
 
 
@@ -222,6 +222,28 @@ def test_init_adapter_refuses_another_shape(options, tmp_path, tiny_model):
                 }
             )
         )
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        ({"lora_r": 4}, "--lora_r 4: --init_adapter"),
+        ({"lora_alpha": 1}, "has 16"),
+        ({"use_dora": True}, "--use_dora True"),
+        ({"lora_target_modules": ["q_proj"]}, "--init_adapter has q_proj,v_proj"),
+    ],
+)
+def test_init_adapter_keeps_its_shape(options, tmp_path, extra, said):
+    finetune(FinetuneConfig(**options | {"max_steps": 1}))
+    start = {"output_dir": str(tmp_path / "on"), "init_adapter": str(tmp_path / "out")}
+    with pytest.raises(ConfigError, match=said):
+        finetune(FinetuneConfig(**options | start | extra))
+    assert not (tmp_path / "on").exists()
+
+
+def test_init_adapter_that_is_missing(options):
+    with pytest.raises(AdapterError, match="--init_adapter nowhere: no adapter there"):
+        finetune(FinetuneConfig(**options | {"init_adapter": "nowhere"}))
 
 
 def test_cutoff_beyond_the_model(options):
