@@ -52,6 +52,8 @@ def finetune(config: FinetuneConfig) -> Run:
         validation, _ = encoder.encode(validation_rows)
         counted, *warnings = ledger.lines(config.cutoff_len)
         say(f"data: {config.data_path}: {counted}; {len(validation)} rows held out", *warnings)
+        if len(train) < config.batch_size:
+            say(f"warning: {len(train)} rows are fewer than --batch_size {config.batch_size}: every step is an epoch")
         if not config.add_eos_token:
             say("warning: --add_eos_token False: the end token is not learned, so answers will not stop by themselves")
 

@@ -114,6 +114,7 @@ def test_three_rows_are_enough(tmp_path):
     result = run("finetune", "--data_path", "three.json", "--max_steps", "2")
     assert result.code == 0, result.err
     assert "0 rows held out" in result.out
+    assert "warning: 3 rows are fewer than --batch_size 16" in result.out
 
 
 def test_a_finished_run_in_the_way_is_set_aside(train):
