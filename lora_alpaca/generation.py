@@ -38,7 +38,7 @@ class Sampling:
 
     def options(self) -> dict[str, Any]:
         """Return the keyword arguments for `generate`; every one of them has an effect."""
-        sampled = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        sampled = {"temperature": float(self.temperature), "top_p": float(self.top_p), "top_k": self.top_k}
         unsampled = dict.fromkeys(sampled)  # None: nothing of the model's own generation config slips in
         chosen = sampled if self.temperature > 0 else unsampled
         return {
@@ -94,8 +94,9 @@ class Generator:
     def stream(self, instruction: str, input: str = "", **changes: Any) -> Iterator[str]:
         """Yield the answer in pieces as it is made; joined they are what `reply` returns.
 
-        A search with several beams may change its mind until the end, so it yields one piece, when it is done.
-        Closing the iterator stops the model at the next token. Raises ConfigError for a prompt that does not fit.
+        There is a piece for every token, empty where there is nothing to show yet: with several beams, all but the
+        last are, since a search may change its mind until its end. Closing the iterator stops the model at the next
+        token. Raises ConfigError for a prompt that does not fit.
         """
         sampling = replace(self.sampling, **changes)
         prompt = self._encoder.beginning([self.template.prompt(instruction, input)])[0]
@@ -109,11 +110,10 @@ class Generator:
             shown = text = ""
             for ids in self._token_ids(prompt, sampling):
                 text = self.template.response(self._decode(ids))
-                if len(text) > len(shown) and not text.endswith("\ufffd"):  # half a character waits for the other half
-                    yield text[len(shown) :]
-                    shown = text
-            if len(text) > len(shown):
-                yield text[len(shown) :]
+                ready = not text.endswith("\ufffd")  # half a character waits for its other half
+                yield text[len(shown) :] if ready else ""
+                shown = text if ready else shown
+            yield text[len(shown) :]
 
     def reply_batch(self, prompts: list[tuple[str, str]], **changes: Any) -> list[str]:
         """Return the answers to (instruction, input) pairs, computed together, padded on the left."""
@@ -151,7 +151,7 @@ class Generator:
         return output
 
     def _token_ids(self, prompt: list[int], sampling: Sampling) -> Iterator[list[int]]:
-        """Yield the new ids so far, after every token; with several beams once, at the end.
+        """Yield the new ids so far, after every token; with several beams none until the end.
 
         `generate` runs in a thread of its own. Its errors are raised here, and leaving early makes it stop.
         """
@@ -161,7 +161,7 @@ class Generator:
 
         def work() -> None:
             try:
-                watcher = _Watcher(len(prompt), arrived if sampling.num_beams == 1 else None, left)
+                watcher = _Watcher(len(prompt), arrived, left, shows=sampling.num_beams == 1)
                 output = self._generate(ids, torch.ones_like(ids), sampling, watcher)
                 arrived.put(output[0, len(prompt) :].tolist())
             except BaseException as error:  # handed to the reader, who raises it
@@ -183,12 +183,11 @@ class Generator:
 class _Watcher(StoppingCriteria):
     """Called by `generate` after every token: passes the new ids on, and says stop when the reader has left."""
 
-    def __init__(self, prompt_length: int, arrived: "queue.Queue[Any] | None", left: threading.Event):
-        self.prompt_length, self.arrived, self.left = prompt_length, arrived, left
+    def __init__(self, prompt_length: int, arrived: "queue.Queue[Any]", left: threading.Event, shows: bool):
+        self.prompt_length, self.arrived, self.left, self.shows = prompt_length, arrived, left, shows
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        if self.arrived is not None:
-            self.arrived.put(input_ids[0, self.prompt_length :].tolist())
+        self.arrived.put(input_ids[0, self.prompt_length :].tolist() if self.shows else [])
         return torch.full((input_ids.shape[0],), self.left.is_set(), device=input_ids.device, dtype=torch.bool)
 
 

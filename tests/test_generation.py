@@ -25,7 +25,16 @@ def test_pieces_join_to_the_reply(generator):
     for changes in ({"temperature": 0}, {"temperature": 1.5, "seed": 3}, {"num_beams": 3, "temperature": 0}):
         pieces = list(generator.stream(*ASK, **changes))
         assert "".join(pieces) == generator.reply(*ASK, **changes)
-    assert len(list(generator.stream(*ASK, temperature=0))) > 1
+    shown = [piece for piece in generator.stream(*ASK, temperature=0) if piece]
+    assert len(shown) > 1
+    assert len([piece for piece in generator.stream(*ASK, temperature=0, num_beams=3) if piece]) == 1
+
+
+def test_whole_numbers_are_numbers(generator):
+    """A browser sends 2.0 as 2, and transformers wants a float."""
+    assert generator.reply(*ASK, temperature=2, top_p=1, seed=1) == generator.reply(
+        *ASK, temperature=2.0, top_p=1.0, seed=1
+    )
 
 
 def test_every_sampling_control_has_an_effect(generator):
@@ -67,11 +76,12 @@ def test_it_stops_at_the_end_token_and_does_not_show_it(generator):
     assert generator.stop_ids == [stop]
 
 
-def test_closing_a_stream_stops_the_model(generator, monkeypatch):
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_closing_a_stream_stops_the_model(generator, monkeypatch, num_beams):
     calls = []
     forward = generator.model.forward
     monkeypatch.setattr(generator.model, "forward", lambda *a, **k: (calls.append(1), forward(*a, **k))[1])
-    stream = generator.stream(*ASK, temperature=0, max_new_tokens=400)
+    stream = generator.stream(*ASK, temperature=0, max_new_tokens=400, num_beams=num_beams)
     next(stream)
     stream.close()
     assert len(calls) < 50
