@@ -90,7 +90,10 @@ class Learner:
 
     @torch.no_grad()
     def evaluate(self, examples: Sequence[Example]) -> float:
-        """Return the mean loss per label over all rows, whatever the number of ranks and the micro-batch."""
+        """Return the mean loss per label over all rows, whatever the number of ranks and the micro-batch.
+
+        Raises TrainingError if it is not finite: such an adapter is never the best, and never goes unnoticed.
+        """
         self.model.eval()
         totals = torch.zeros(2, dtype=torch.float64)  # loss, labels
         by_length = sorted(examples, key=lambda example: len(example.input_ids))  # like lengths: little padding
@@ -99,6 +102,8 @@ class Learner:
                 loss = summed_loss(self.model, batch)
             totals += torch.tensor([loss.item(), (batch["labels"][:, 1:] != IGNORED).sum().item()], dtype=torch.float64)
         loss_sum, labels = self.ranks.sum(totals).tolist()
+        if not math.isfinite(loss_sum):
+            raise TrainingError(f"the validation loss is {loss_sum}; try --dtype fp32, or a lower --learning_rate")
         return loss_sum / labels
 
     def _own(self, examples: Sequence[Example]) -> Iterable[Batch]:

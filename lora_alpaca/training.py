@@ -163,6 +163,8 @@ def _train(
         window_tokens += step.tokens
         speed = window_tokens / max(1e-9, clock() - window_begun)
         reporter.progress(progress.step, progress.mean_loss(), speed)
+        if step.skipped:
+            reporter.say(f"step {progress.step}: the gradients overflow fp16; the loss scale is lowered, nothing moved")
         last = progress.step == plan.total_steps
 
         if progress.step % config.logging_steps == 0 or last:  # once in a while: say how it goes

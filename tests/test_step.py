@@ -102,6 +102,8 @@ def test_a_loss_that_is_not_finite_moves_nothing(tiny_llama, rows):
         with pytest.raises(TrainingError, match="step 7: the loss is nan"):
             learner.step([Example([1, 5, 6], [-100, 5, 6])], 1e-3, number=7)
         after = adapters.state(model)
+        with pytest.raises(TrainingError, match="the validation loss is nan"):
+            learner.evaluate([Example([1, 5, 6], [-100, 5, 6])])
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
