@@ -17,6 +17,7 @@ def test_a_script_cannot_connect_either(run_script, tmp_path):
     assert run_script(probe, cwd=tmp_path).returncode != 0
 
 
+@pytest.mark.slow
 def test_the_main_job_with_nothing_said_twice(run_script, tmp_path):
     short = ("--max_steps", 2, "--val_set_size", 4)
     for time in (1, 2):

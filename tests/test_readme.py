@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import ROOT
 
 BLOCK = re.compile(r"^<!-- test -->\s*\n```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -24,6 +25,7 @@ def test_every_mark_stands_before_a_block():
     assert len(blocks()) == marks > 0
 
 
+@pytest.mark.slow
 def test_the_marked_blocks_run(tmp_path: Path):
     clone = tmp_path / "lora_alpaca"
     shutil.copytree(ROOT, clone, ignore=shutil.ignore_patterns(".*", "__pycache__", "lora-alpaca*", "hf_ckpt*", "dist"))

@@ -67,6 +67,7 @@ def test_any_micro_batch_gives_the_gradient_of_the_whole_batch(tiny_llama, rows)
         assert found_loss == pytest.approx(loss, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_gradient_of_one(tiny_llama, rows, tmp_path):
     program = tmp_path / "two_ranks.py"
     program.write_text(
