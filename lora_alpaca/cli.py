@@ -5,6 +5,7 @@ and stray words. Every value stays a string until pydantic checks it, and nothin
 """
 
 import difflib
+import importlib.util
 import os
 import sys
 import textwrap
@@ -70,6 +71,9 @@ def _run(config: Options) -> None:
 
 def _generate(config: GenerateConfig) -> None:
     """Answer once, chat in the terminal, or open the web page."""
+    page = config.instruction is None and not config.chat
+    if page and importlib.util.find_spec("gradio") is None:
+        raise ConfigError('the web page needs gradio (pip install "lora-alpaca[web]"); or say --instruction or --chat')
     from lora_alpaca.generation import Generator
 
     generator = Generator.load(config)

@@ -71,8 +71,7 @@ def usable_tracker(name: str) -> tuple[str | None, str]:
     """Return the tracker to use, or None and a sentence about why the asked one cannot be had."""
     if name == "none":
         return None, ""
-    module = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}[name]
-    if importlib.util.find_spec(module) is None:
+    if importlib.util.find_spec(name) is None:
         return None, f"warning: --report_to {name}: not installed (pip install {name}); going on without it"
     if name == "wandb":
         import wandb

@@ -111,6 +111,11 @@ def test_overview_and_version():
     assert run("--version").out.strip().count(".") == 2
 
 
+def test_the_page_without_gradio_is_one_line(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert 'pip install "lora-alpaca[web]"' in refused("generate")
+
+
 def test_a_wrong_flag_is_answered_before_torch_is_imported_and_nothing_is_written(tmp_path):
     code = (
         "import sys; from lora_alpaca.cli import main\n"
