@@ -4,7 +4,6 @@ Every adapter that is loaded goes through `set_state`, which accepts exactly the
 has a place for: nothing is dropped, and nothing stays at its initial value in silence.
 """
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from lora_alpaca import folders
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.errors import AdapterError, ConfigError, ModelError
 from lora_alpaca.models import Base
@@ -106,7 +106,7 @@ def check_start(config: FinetuneConfig) -> None:
     folder = Path(config.init_adapter or "").expanduser()
     if not (folder / SETTINGS).is_file():
         raise AdapterError(f"--init_adapter {folder}: no adapter there ({SETTINGS} is missing)")
-    saved = read_json(folder / SETTINGS)
+    saved = folders.read_json(folder / SETTINGS)
     options = {"lora_r": "r", "lora_alpha": "lora_alpha", "use_rslora": "use_rslora", "use_dora": "use_dora"}
     for option, key in options.items():
         if config.said(option) and getattr(config, option) != saved.get(key):
@@ -190,12 +190,3 @@ def download(hub_id: str, revision: str | None = None) -> Path:
     except Exception as error:  # the hub's many errors have no common base
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise AdapterError(f"--lora_weights {hub_id}: no such folder, and the hub gives none ({reason})") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object from a file, or an empty one where there is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

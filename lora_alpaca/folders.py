@@ -59,13 +59,19 @@ def files_below(folder: Path) -> list[str]:
 # ------------------------------------------------------------------------------------------------------- ownership
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """Return the record of a folder of ours, or an empty one."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object from a file, or an empty one where there is none."""
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return record if isinstance(record, dict) and "status" in record else {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return the record of a folder of ours, or an empty one."""
+    record = read_json(folder / RECORD)
+    return record if "status" in record else {}
 
 
 def standing(folder: Path) -> Standing:
@@ -114,7 +120,7 @@ def set_aside(folder: Path) -> Path:
 
 def remove_ours(folder: Path) -> None:
     """Remove the files that our records list, and then the folders that this leaves empty."""
-    for listing in folder.glob(f"*/{CHECKPOINT_FILES}"):
+    for listing in folder.glob(f"checkpoint-*/{CHECKPOINT_FILES}"):
         remove_checkpoint(listing.parent)
     for name in [*read_record(folder).get("files", []), RECORD]:
         (folder / name).unlink(missing_ok=True)
@@ -125,11 +131,10 @@ def remove_ours(folder: Path) -> None:
 
 def remove_checkpoint(folder: Path) -> None:
     """Remove a checkpoint: the files its manifest lists, and the folder if that was all."""
-    try:
-        names = list(json.loads((folder / CHECKPOINT_FILES).read_text(encoding="utf-8"))["files"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    for name in [*names, CHECKPOINT_FILES]:  # the manifest last: without it the rest would be nobody's
+    manifest = read_json(folder / CHECKPOINT_FILES)
+    if not {"step", "files"} <= manifest.keys():
+        return  # a manifest, but not one of ours
+    for name in [*manifest["files"], CHECKPOINT_FILES]:  # the manifest last: without it the rest would be nobody's
         (folder / name).unlink(missing_ok=True)
     if not any(folder.iterdir()):
         folder.rmdir()

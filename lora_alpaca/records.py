@@ -109,7 +109,7 @@ def read_origin(folder: Path) -> Origin:
     """
     record = folders.read_record(folder)
     if not record:
-        settings = adapters.read_json(folder / adapters.SETTINGS)
+        settings = folders.read_json(folder / adapters.SETTINGS)
         return Origin(settings.get("base_model_name_or_path") or "", settings.get("revision"), None)
     if record["status"] != "finished":
         raise AdapterError(

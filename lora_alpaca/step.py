@@ -62,13 +62,14 @@ class Learner:
         """
         self.model.train()
         labels = sum(example.scored() for example in examples)
-        loss, own_labels = torch.zeros((), device=self.ranks.device), 0
+        loss = torch.zeros((), device=self.ranks.device)
+        own_labels = torch.zeros((), device=self.ranks.device)  # a tensor, for a number would make the device wait
         for batch in self._own(examples):
             with self.ranks.autocast():
                 part = summed_loss(self.model, batch) / labels
             self.ranks.backward(part)
             loss += part.detach()
-            own_labels += int((batch["labels"][:, 1:] != IGNORED).sum())
+            own_labels += (batch["labels"][:, 1:] != IGNORED).sum()
         loss_value = self._reduce(loss, own_labels, labels)
         norm, scaler = self._unscaled_norm(), self.ranks.scaler
         overflow = scaler is not None and math.isfinite(loss_value) and not math.isfinite(norm)
@@ -112,7 +113,7 @@ class Learner:
         for rows in micro_batches(range(len(examples)), self.micro_batch_size, *ranks):
             yield pad([examples[row] for row in rows], self.pad_id, self.ranks.device)
 
-    def _reduce(self, loss: torch.Tensor, own_labels: int, labels: int) -> float:
+    def _reduce(self, loss: torch.Tensor, own_labels: torch.Tensor, labels: int) -> float:
         """Sum gradients, loss and label count over all ranks in one message; return the loss.
 
         The count is known beforehand, so it is a check that all ranks train on the same rows.
@@ -123,7 +124,7 @@ class Learner:
         if self.ranks.world_size == 1:
             return loss.item()
         grads = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        message = torch.cat([grad.flatten() for grad in grads] + [torch.stack([loss, loss.new_tensor(own_labels)])])
+        message = torch.cat([grad.flatten() for grad in grads] + [torch.stack([loss, own_labels])])
         message = self.ranks.sum(message)
         for grad, summed in zip(grads, message[:-2].split([grad.numel() for grad in grads]), strict=True):
             grad.copy_(summed.view_as(grad))

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def finetune(config: FinetuneConfig) -> Run:
 
         ranks.wait()  # until all have looked at the folder that the first now makes its own
         if ranks.first:
-            goes_on = resumed and folders.standing(output_dir) == "unfinished"
+            goes_on = not config.overwrite and folders.standing(output_dir) == "unfinished"
             say(*([] if goes_on else folders.claim(output_dir, config.overwrite)))
             folders.write_json(output_dir / folders.RECORD, record)
         ranks.wait()
@@ -119,7 +119,7 @@ class Progress:
 
     def facts(self) -> dict[str, Any]:
         """Return what fits into JSON."""
-        return {key: value for key, value in asdict(self).items() if key != "best"}
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "best"}
 
     def mean_loss(self) -> float:
         """Return the mean loss per label since the last logged line."""
@@ -144,7 +144,7 @@ def _train(
 ) -> None:
     """Take the steps from `progress.step` to the plan's end; log, validate and write checkpoints in between."""
     reporter, output_dir = ranks.reporter, Path(config.output_dir).expanduser()
-    lengths = [len(example.input_ids) for example in train]
+    lengths = tuple(len(example.input_ids) for example in train)
     if validation and progress.step == 0:
         progress.first_loss = learner.evaluate(validation)
         reporter.say(f"validation loss {progress.first_loss:.4f} before the first step")

@@ -146,9 +146,15 @@ def test_overwrite_removes_only_what_is_ours(train):
     models.Path("lora-alpaca/notes.txt").write_text("mine")
     models.Path("lora-alpaca/checkpoint-best").mkdir()
     models.Path("lora-alpaca/checkpoint-best/x").write_text("mine too")
+    for name in ("site", "checkpoint-9"):  # a manifest of somebody else's
+        models.Path(f"lora-alpaca/{name}").mkdir()
+        models.Path(f"lora-alpaca/{name}/index.html").write_text("mine as well")
+        models.Path(f"lora-alpaca/{name}/manifest.json").write_text('{"files": ["index.html"]}')
     assert train("--overwrite").code == 0
     assert models.Path("lora-alpaca/notes.txt").read_text() == "mine"
     assert models.Path("lora-alpaca/checkpoint-best/x").read_text() == "mine too"
+    assert models.Path("lora-alpaca/site/index.html").read_text() == "mine as well"
+    assert models.Path("lora-alpaca/checkpoint-9/index.html").read_text() == "mine as well"
     assert not models.Path("lora-alpaca.1").exists()
 
 
@@ -172,6 +178,7 @@ def test_resume_without_a_checkpoint_starts_fresh(train):
     shutil.rmtree("lora-alpaca")
     unfinished("lora-alpaca")
     assert train("--resume").code == 0
+    assert not models.Path("lora-alpaca.1").exists()
 
 
 def test_resume_with_nothing_but_damaged_checkpoints(train):
