@@ -14,11 +14,10 @@ import torch
 from lora_alpaca import adapters, folders, models, records
 from lora_alpaca.config import ExportConfig
 from lora_alpaca.encoding import TextEncoder
-from lora_alpaca.errors import AdapterError, ExportError, TemplateError
+from lora_alpaca.errors import AdapterError, ExportError
 from lora_alpaca.generation import stop_ids
 from lora_alpaca.models import DTYPES, Placement
-from lora_alpaca.prompts import Template, load_template
-from lora_alpaca.records import Origin
+from lora_alpaca.prompts import Template
 
 PROBES = [
     ("Tell me about alpacas.", ""),
@@ -41,7 +40,9 @@ def export_hf(config: ExportConfig) -> Path:
         )
     folders.check(output_dir, config.overwrite, "remove it, or pass --overwrite")
     origin = records.read_origin(adapter)
-    template = _template(config, origin, adapter)
+    template = records.agreed_template(config.prompt_template, origin.template, str(adapter))
+    if origin.template is None:
+        print(records.UNCHECKED)
     named = config.base_model or os.environ.get("BASE_MODEL", "") or origin.base_model
     if not named:
         raise AdapterError(f"{adapter} does not record its base model; name it with --base_model")
@@ -90,22 +91,6 @@ def export_hf(config: ExportConfig) -> Path:
     said = folders.publish(stage, output_dir, config.overwrite)
     print(*said, _summary(receipt), f"merged model saved in {output_dir}", sep="\n")
     return output_dir
-
-
-def _template(config: ExportConfig, origin: Origin, adapter: Path) -> Template:
-    """Return the template to save with the model; TemplateError if it cannot be known."""
-    asked = load_template(config.prompt_template) if config.prompt_template else None
-    if asked and origin.template and asked.digest() != origin.template.digest():
-        raise TemplateError(
-            f"--prompt_template {asked.name}: the adapter was trained with {origin.template.name}; leave the flag out"
-        )
-    if not (found := origin.template or asked):
-        raise TemplateError(
-            f"{adapter} records no prompt template; name the one it was trained with: --prompt_template alpaca"
-        )
-    if not origin.template:
-        print("warning: nothing records which prompt template this adapter was trained with; it cannot be checked")
-    return found
 
 
 def _fits_in_fp32(model: Any, device: torch.device) -> bool:

@@ -19,7 +19,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from lora_alpaca import adapters, folders, models, records
 from lora_alpaca.config import ADAPTER_DIR, DEMO, GenerateConfig
 from lora_alpaca.encoding import TextEncoder
-from lora_alpaca.errors import ConfigError, TemplateError
+from lora_alpaca.errors import ConfigError
 from lora_alpaca.models import Base
 from lora_alpaca.prompts import Template, load_template
 from lora_alpaca.records import Origin
@@ -266,26 +266,14 @@ def _same_base(named: str, recorded: str) -> bool:
 
 
 def _template(config: GenerateConfig, source: Source) -> Template:
-    """Return the recorded template; TemplateError if another is asked for, or if none is recorded and none is named."""
+    """Return the template that the prompts are made with; TemplateError where it cannot be known or is another."""
     recorded = source.origin.template if source.origin else None
-    if config.prompt_template:
-        asked = load_template(config.prompt_template)
-        if recorded is not None and asked.digest() != recorded.digest():
-            raise TemplateError(
-                f"--prompt_template {config.prompt_template}: the model was trained with {recorded.name}; "
-                "leave the flag out"
-            )
-        if recorded is None:
-            _say("warning: nothing records which prompt template this model was trained with; it cannot be checked")
-        return asked
-    if recorded is not None:
-        return recorded
-    if source.base.name == DEMO:
-        return load_template("alpaca")
-    where = source.adapter or source.base.name
-    raise TemplateError(
-        f"{where} records no prompt template; name the one it was trained with: --prompt_template alpaca"
-    )
+    if recorded is None and source.base.name == DEMO and not config.prompt_template:
+        return load_template("alpaca")  # the untrained demo base: any would do
+    template = records.agreed_template(config.prompt_template, recorded, str(source.adapter or source.base.name))
+    if recorded is None:
+        _say(records.UNCHECKED)
+    return template
 
 
 def _say(*lines: str) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 from lora_alpaca import __version__, adapters, folders
 from lora_alpaca.adapters import State
 from lora_alpaca.config import FinetuneConfig
-from lora_alpaca.errors import AdapterError, CheckpointError
+from lora_alpaca.errors import AdapterError, CheckpointError, TemplateError
 from lora_alpaca.models import Base, Placement
-from lora_alpaca.prompts import Template
+from lora_alpaca.prompts import Template, load_template
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers")
 NOT_THE_RUN = {  # options that change what is shown or where, but no weight
@@ -118,6 +118,25 @@ def read_origin(folder: Path) -> Origin:
     fields = record["template"]
     template = Template.from_json(fields, fields["name"], str(folder / folders.RECORD))
     return Origin(record["base_model"], record["base_revision"], template)
+
+
+UNCHECKED = "warning: nothing records which prompt template this model was trained with; it cannot be checked"
+
+
+def agreed_template(asked: str, recorded: Template | None, where: str) -> Template:
+    """Return the template to use with a model: the recorded one, or the one asked for by --prompt_template.
+
+    Raises TemplateError if they differ, or if there is neither.
+    """
+    if not asked and recorded is None:
+        raise TemplateError(
+            f"{where} records no prompt template; name the one it was trained with: --prompt_template alpaca"
+        )
+    if not asked or recorded is None:
+        return recorded or load_template(asked)
+    if load_template(asked).digest() != recorded.digest():
+        raise TemplateError(f"--prompt_template {asked}: {where} was trained with {recorded.name}; leave the flag out")
+    return recorded
 
 
 def versions() -> dict[str, str]:

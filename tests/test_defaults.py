@@ -146,10 +146,10 @@ def test_overwrite_removes_only_what_is_ours(train):
     models.Path("lora-alpaca/notes.txt").write_text("mine")
     models.Path("lora-alpaca/checkpoint-best").mkdir()
     models.Path("lora-alpaca/checkpoint-best/x").write_text("mine too")
-    for name in ("site", "checkpoint-9"):  # a manifest of somebody else's
+    for name, step in (("site", '"step": 1, '), ("checkpoint-9", "")):  # manifests of somebody else's
         models.Path(f"lora-alpaca/{name}").mkdir()
         models.Path(f"lora-alpaca/{name}/index.html").write_text("mine as well")
-        models.Path(f"lora-alpaca/{name}/manifest.json").write_text('{"files": ["index.html"]}')
+        models.Path(f"lora-alpaca/{name}/manifest.json").write_text(f'{{{step}"files": ["index.html"]}}')
     assert train("--overwrite").code == 0
     assert models.Path("lora-alpaca/notes.txt").read_text() == "mine"
     assert models.Path("lora-alpaca/checkpoint-best/x").read_text() == "mine too"

@@ -19,18 +19,24 @@ from lora_alpaca.step import Learner
 OPTIONS = {"load_8bit": False, "dtype": "fp32", "device": "cpu", "lora_dropout": 0.0}
 
 
+def with_adapter(folder, placement, **options):
+    """Return the model of a folder with an adapter whose B is not zero, the same at every call."""
+    config, base = FinetuneConfig(**OPTIONS | options), models.locate_base(str(folder))
+    torch.manual_seed(0)
+    model = adapters.attach(models.load_base(base, placement), config, base)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
 def gradients(folder, rows, micro_batch_size, **options):
     """Return the LoRA gradients of one step over all rows, with B not zero, as one vector, and the mean loss."""
     config = FinetuneConfig(**OPTIONS | options)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     examples, _ = Encoder(tokenizer, load_template("alpaca_short"), 128).encode(rows)
     with Ranks(config) as ranks:
-        torch.manual_seed(0)
-        base = models.locate_base(str(folder))
-        model = adapters.attach(models.load_base(base, ranks.placement), config, base)
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.02)
+        model = with_adapter(folder, ranks.placement, **options)
         learner = Learner(model, ranks, micro_batch_size, pad_id=0, weight_decay=0.0, max_norm=0.0)
         kept = []
         learner.optimizer.step = lambda: kept.append(torch.cat([p.grad.flatten().clone() for p in learner.parameters]))
@@ -43,13 +49,7 @@ def reference(folder, rows):
     config = FinetuneConfig(**OPTIONS)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     examples, _ = Encoder(tokenizer, load_template("alpaca_short"), 128).encode(rows)
-    torch.manual_seed(0)
-    base = models.locate_base(str(folder))
-    placement = models.place(config)[0]
-    model = adapters.attach(models.load_base(base, placement), config, base)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.02)
+    model = with_adapter(folder, models.place(config)[0])
     longest = max(len(example.input_ids) for example in examples)
     filled = [[*e.input_ids, *[0] * (longest - len(e.input_ids))] for e in examples]
     labels = [[*e.labels, *[-100] * (longest - len(e.labels))] for e in examples]
@@ -95,8 +95,7 @@ def test_two_ranks_give_the_gradient_of_one(tiny_llama, rows, tmp_path):
 def test_a_loss_that_is_not_finite_moves_nothing(tiny_llama, rows):
     config = FinetuneConfig(**OPTIONS)
     with Ranks(config) as ranks:
-        base = models.locate_base(str(tiny_llama))
-        model = adapters.attach(models.load_base(base, ranks.placement), config, base)
+        model = with_adapter(tiny_llama, ranks.placement)
         learner = Learner(model, ranks, 2, pad_id=0, weight_decay=0.0, max_norm=1.0)
         before = adapters.state(model)
         model.get_output_embeddings().weight.data[0] = float("nan")
@@ -113,8 +112,7 @@ def test_the_validation_loss_does_not_depend_on_the_micro_batch(tiny_llama, rows
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     examples, _ = Encoder(tokenizer, load_template("alpaca_short"), 128).encode(rows[:9])
     with Ranks(config) as ranks:
-        base = models.locate_base(str(tiny_llama))
-        model = adapters.attach(models.load_base(base, ranks.placement), config, base)
+        model = with_adapter(tiny_llama, ranks.placement)
         losses = [Learner(model, ranks, size, 0, 0.0, 1.0).evaluate(examples) for size in (1, 4, 9)]
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
 
@@ -122,8 +120,7 @@ def test_the_validation_loss_does_not_depend_on_the_micro_batch(tiny_llama, rows
 def test_optimizer_state_comes_back(tiny_llama, rows):
     config = FinetuneConfig(**OPTIONS)
     with Ranks(config) as ranks:
-        base = models.locate_base(str(tiny_llama))
-        model = adapters.attach(models.load_base(base, ranks.placement), config, base)
+        model = with_adapter(tiny_llama, ranks.placement)
         learner = Learner(model, ranks, 2, pad_id=0, weight_decay=0.0, max_norm=1.0)
         learner.step([Example([1, 5, 6], [-100, 5, 6])], 1e-3, number=1)
         state = learner.optimizer_state()
