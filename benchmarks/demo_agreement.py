@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from lora_alpaca import GenerateConfig, Generator, records
-from lora_alpaca.data import demo_file, load_conversations
+from lora_alpaca.data import Rows, demo_file
 from lora_alpaca.demo.__main__ import exact_match
 from lora_alpaca.reports import minutes
 
@@ -46,7 +46,7 @@ def measure(name: str, seed: int, folder: Path) -> dict[str, object]:
     generator = Generator.load(
         GenerateConfig(lora_weights=str(output_dir), temperature=0, max_new_tokens=80, **options)  # type: ignore[arg-type]
     )
-    score = exact_match(generator, load_conversations(str(demo_file("development"))))
+    score = exact_match(generator, list(Rows(str(demo_file("development")))))
     return {
         "setting": name,
         "seed": seed,

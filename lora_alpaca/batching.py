@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import torch
 
-from lora_alpaca.encoding import IGNORED, Example
+from lora_alpaca.examples import IGNORED, Example
 
 Batch = dict[str, torch.Tensor]
 

@@ -15,13 +15,18 @@ from typing import Any, NoReturn, TypeVar, get_args
 import fire
 from fire.decorators import SetParseFn
 
-from lora_alpaca.config import ExportConfig, FinetuneConfig, GenerateConfig
+from lora_alpaca.config import ExportConfig, FinetuneConfig, GenerateConfig, ShowConfig
 from lora_alpaca.errors import ConfigError, LoraAlpacaError
 from lora_alpaca.options import Options
 
 Config = TypeVar("Config", bound=Options)
 
-VERBS: dict[str, type[Options]] = {"finetune": FinetuneConfig, "generate": GenerateConfig, "export": ExportConfig}
+VERBS: dict[str, type[Options]] = {
+    "finetune": FinetuneConfig,
+    "generate": GenerateConfig,
+    "export": ExportConfig,
+    "show": ShowConfig,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -58,15 +63,35 @@ def _run(config: Options) -> None:
     """Hand a good config to the library function behind it; the heavy imports begin here."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its warning about forks is not the user's to solve
     if isinstance(config, FinetuneConfig):
+        rows = _read_early(config)
         from lora_alpaca.training import finetune
 
-        finetune(config)
+        finetune(config, rows)
+    elif isinstance(config, ShowConfig):
+        from lora_alpaca.showing import show
+
+        show(config)
     elif isinstance(config, ExportConfig):
         from lora_alpaca.exporting import export_hf
 
         export_hf(config)
     elif isinstance(config, GenerateConfig):
         _generate(config)
+
+
+def _read_early(config: FinetuneConfig) -> Any:
+    """Return the rows, read before torch is imported, so that a mistake in a file is answered in a second.
+
+    None where which rows they are is decided later.
+    """
+    from lora_alpaca.data import Rows
+    from lora_alpaca.prompts import load_template
+
+    if config.prompt_template_name:
+        load_template(config.prompt_template_name)
+    return (
+        Rows(config.data_path, config.columns, config.skip_bad_rows) if config.data_path and not config.resume else None
+    )
 
 
 def _generate(config: GenerateConfig) -> None:
@@ -81,18 +106,25 @@ def _generate(config: GenerateConfig) -> None:
         _print_stream(generator.stream(config.instruction, config.input))
     elif config.chat:
         print("One instruction a line; an empty line leaves.", file=sys.stderr)
+        history: list[tuple[str, str]] = []  # of templates that take several turns
         while line := _read_line():
-            _print_stream(generator.stream(line))
+            answer = _print_stream(generator.stream(line, history=history))
+            if generator.takes_turns:
+                history.append((line, answer))
     else:
         from lora_alpaca.webui import launch
 
         launch(generator, config)
 
 
-def _print_stream(pieces: Any) -> None:
+def _print_stream(pieces: Any) -> str:
+    """Print an answer as it is made, and return it."""
+    answer = ""
     for piece in pieces:
         print(piece, end="", flush=True)
+        answer += piece
     print()
+    return answer
 
 
 def _read_line() -> str:
@@ -174,10 +206,10 @@ def _type_name(config_class: type[Options], name: str) -> str:
     """Return how a value of this option is written: TEXT, WHOLE, NUMBER, true|false, a choice, or NAMES."""
     annotation = config_class.model_fields[name].annotation
     kinds = [kind for kind in (get_args(annotation) or (annotation,)) if kind is not type(None)]
+    if list[str] in (annotation, *map(_core, kinds)):
+        return "NAMES"
     if all(isinstance(kind, str) for kind in kinds):  # a Literal
         return "|".join(str(kind) for kind in kinds if kind)
-    if annotation == list[str]:
-        return "NAMES"
     return {bool: "true|false", int: "WHOLE", float: "NUMBER", str: "TEXT"}.get(_core(kinds[0]), "TEXT")
 
 

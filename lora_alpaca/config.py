@@ -10,49 +10,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, model_validator
 
+from lora_alpaca.common_options import ADAPTER_DIR, EXPORT_DIR, DataOptions, ModelOptions
 from lora_alpaca.errors import ConfigError
 from lora_alpaca.options import AutoBool, Device, Dtype, Finite, Names, Options, lower, option
 
-DEMO = "demo"  # the name of the base model and of the data inside the package
-UPSTREAM_DATA = "yahma/alpaca-cleaned"
-ADAPTER_DIR = "./lora-alpaca"
-EXPORT_DIR = "./hf_ckpt"
 
-
-class ModelOptions(Options):
-    """Which base model, on what device, in what precision: the same for training, generation and export."""
-
-    base_model: str = option(
-        "", "model and data", "Base model: a local folder, a hub id, or `demo` for the tiny model in the package."
-    )
-    revision: str | None = option(
-        None,
-        "model and data",
-        "Branch, tag or commit of a base model from the hub; the commit is recorded.",
-        auto="main",
-    )
-    trust_remote_code: bool = option(
-        False, "model and data", "Run Python code that the base model's repository brings."
-    )
-    load_8bit: bool | None = option(
-        None, "precision", "Hold the frozen base in 8 bits (LLM.int8).", auto="see the docs"
-    )
-    load_4bit: bool = option(False, "precision", "Hold the frozen base in 4 bits (NF4).")
-    dtype: Dtype = option(
-        "auto",
-        "precision",
-        "Compute dtype: auto, bf16, fp16 or fp32. auto is bf16 where the device has it, else fp16 on CUDA, else fp32.",
-    )
-    device: Device = option("auto", "precision", "Where to run: auto, cuda, mps or cpu.")
-
-    @model_validator(mode="after")
-    def _one_quantisation(self) -> Self:
-        if self.load_8bit and self.load_4bit:
-            raise ConfigError("--load_8bit and --load_4bit exclude each other; choose one")
-        return self
-
-
-class FinetuneConfig(ModelOptions):
+class FinetuneConfig(DataOptions, ModelOptions):
     """Train a LoRA adapter on instructions."""
 
     load_8bit: bool | None = option(
@@ -61,29 +24,30 @@ class FinetuneConfig(ModelOptions):
         "Hold the frozen base in 8 bits (LLM.int8); False leaves it unquantised.",
         auto="True, unless --load_4bit",
     )
-    data_path: str = option(
-        "",
-        "model and data",
-        "A .json or .jsonl file of rows with instruction, input and output, or a hub dataset id.",
-        auto=f"the demo data; {UPSTREAM_DATA} when --base_model is given",
-    )
     output_dir: str = option(ADAPTER_DIR, "model and data", "Folder for the adapter and its checkpoints.")
-    prompt_template_name: str = option(
-        "alpaca", "model and data", "Prompt template: a name from templates/, or the path of a .json file."
-    )
-    cutoff_len: int = option(
-        512, "model and data", "Longest row; what is beyond is cut, and counted.", unit="tokens", ge=2
-    )
     val_set_size: Finite | None = option(
         None,
-        "model and data",
+        "data",
         "Rows held out for validation; below 1 it is a share of the rows, 0 turns validation off.",
         unit="rows",
         auto="2000, at most a tenth of the rows",
         ge=0,
     )
-    train_on_inputs: bool = option(False, "model and data", "Learn the prompt too, not only the answer.")
-    add_eos_token: bool = option(True, "model and data", "Learn to end the answer; without it answers do not stop.")
+    max_truncated: Finite | None = option(
+        None, "data", "Largest share of rows that may be truncated; more is an error.", auto="no limit", ge=0, le=1
+    )
+    max_dropped: Finite | None = option(
+        None, "data", "Largest share of rows that may be dropped, for whatever reason.", auto="no limit", ge=0, le=1
+    )
+    max_duplicates: Finite | None = option(
+        None, "data", "Largest share of rows that may be exact doubles of others.", auto="no limit", ge=0, le=1
+    )
+    cache_dir: str = option(
+        "",
+        "data",
+        "Folder for prepared rows, used again when nothing has changed; `none` keeps none.",
+        auto="lora_alpaca in $XDG_CACHE_HOME or ~/.cache, for 5000 rows or more",
+    )
 
     batch_size: int = option(128, "training", "Rows per optimizer step, over all devices.", unit="rows", ge=1)
     micro_batch_size: int = option(
@@ -221,6 +185,7 @@ class GenerateConfig(ModelOptions):
     )
     instruction: str | None = option(None, "what to answer", "Answer this instruction and leave.", auto="the web page")
     input: str = option("", "what to answer", "Input that goes with --instruction.")
+    system: str = option("", "what to answer", "System message, for templates that have one.")
     chat: bool = option(False, "what to answer", "Read instructions from the terminal, one a line.")
     server_name: str = option("127.0.0.1", "web page", "Address to listen on; 0.0.0.0 opens it to the network.")
     server_port: int | None = option(
@@ -274,3 +239,20 @@ class ExportConfig(Options):
     )
     device: Device = option("auto", "precision", "Where to merge; auto is the CPU.")
     overwrite: bool = option(False, "saving", "Remove what an earlier export left in --output_dir.")
+
+
+class ShowConfig(DataOptions):
+    """Show rows as the tokens that training sees: which are learned, which are not, and what was lost."""
+
+    base_model: str = option(
+        "", "model and data", "Model whose tokenizer is used: a folder, a hub id, or `demo`.", auto="demo"
+    )
+    revision: str | None = option(None, "model and data", "Branch, tag or commit of a model from the hub.", auto="main")
+    trust_remote_code: bool = option(False, "model and data", "Run Python code that the model's repository brings.")
+    row: Names = option(["1"], "what to show", "Which rows: their numbers in the order of the data, from 1.")
+    html: str | None = option(
+        None,
+        "what to show",
+        "Write a web page of the rows to this file; without --row, of the first 100.",
+        auto="the terminal",
+    )

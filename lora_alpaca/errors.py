@@ -7,6 +7,7 @@
     ├── FolderError      (FileExistsError)  an output folder that may not be written to
     ├── ModelError       (RuntimeError)     a base model or tokenizer that does not load or does not fit
     ├── AdapterError     (RuntimeError)     a LoRA adapter that is missing, foreign or broken
+    ├── ContractError    (RuntimeError)     a tokenizer or template that is not the one of training
     ├── CheckpointError  (RuntimeError)     a checkpoint that cannot be resumed from
     ├── TrainingError    (RuntimeError)     a step that cannot be taken, such as one with a loss of NaN
     └── ExportError      (RuntimeError)     a merge that would not answer as base + adapter does
@@ -52,6 +53,10 @@ class ModelError(LoraAlpacaError, RuntimeError):
 
 class AdapterError(LoraAlpacaError, RuntimeError):
     """A LoRA adapter is missing, belongs to another base, or is broken."""
+
+
+class ContractError(LoraAlpacaError, RuntimeError):
+    """A tokenizer or a prompt template gives other tokens than it gave in training."""
 
 
 class CheckpointError(LoraAlpacaError, RuntimeError):

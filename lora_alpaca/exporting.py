@@ -11,13 +11,12 @@ from typing import Any
 import psutil
 import torch
 
-from lora_alpaca import adapters, folders, models, records
+from lora_alpaca import adapters, contracts, folders, models, records
 from lora_alpaca.config import ExportConfig
-from lora_alpaca.encoding import TextEncoder
+from lora_alpaca.encoding import Encoder
 from lora_alpaca.errors import AdapterError, ExportError
-from lora_alpaca.generation import stop_ids
 from lora_alpaca.models import DTYPES, Placement
-from lora_alpaca.prompts import Template
+from lora_alpaca.prompts import AnyTemplate, Conversation
 
 PROBES = [
     ("Tell me about alpacas.", ""),
@@ -40,8 +39,8 @@ def export_hf(config: ExportConfig) -> Path:
         )
     folders.check(output_dir, config.overwrite, "remove it, or pass --overwrite")
     origin = records.read_origin(adapter)
-    template = records.agreed_template(config.prompt_template, origin.template, str(adapter))
-    if origin.template is None:
+    template = records.agreed_template(config.prompt_template, origin.contract, str(adapter))
+    if origin.contract is None:
         print(records.UNCHECKED)
     named = config.base_model or os.environ.get("BASE_MODEL", "") or origin.base_model
     if not named:
@@ -51,6 +50,7 @@ def export_hf(config: ExportConfig) -> Path:
     revision = config.revision or (origin.base_revision if named == origin.base_model else None)
     base = models.locate_base(named, revision, config.trust_remote_code)
     tokenizer = models.load_tokenizer(base, adapter if (adapter / "tokenizer_config.json").is_file() else None)
+    template = origin.contract.keep(tokenizer) if origin.contract else template.bound(tokenizer)
 
     device = models.pick_device("cpu" if config.device == "auto" else config.device)
     stored = base.config.get_text_config().dtype or torch.float32
@@ -71,18 +71,20 @@ def export_hf(config: ExportConfig) -> Path:
     merged = merged.to(target)
     receipt |= _rounding(plain, tuned, _logits(merged, probes), target) | {"changed_weights": changed}
 
-    merged.generation_config.eos_token_id = stop_ids(merged, tokenizer) or None
+    stop_ids = contracts.stop_ids(merged.generation_config.eos_token_id, tokenizer, template)
+    merged.generation_config.eos_token_id = stop_ids or None
+    contract = origin.contract.content if origin.contract else contracts.draw_up(tokenizer, template, stop_ids)
     stage = folders.fresh_stage(output_dir)
     merged.save_pretrained(stage)
     tokenizer.save_pretrained(stage)
+    folders.write_json(stage / contracts.FILE, contract)
     record = {
         "kind": "merged model",
         "status": "finished",
         "base_model": base.name,
         "base_revision": base.revision,
         "adapter": str(adapter.resolve()),
-        "template": template.to_json(),
-        "stop_ids": stop_ids(merged, tokenizer),
+        "stop_ids": stop_ids,
         "receipt": receipt,
         "versions": records.versions(),
         "files": folders.files_below(stage),
@@ -99,10 +101,10 @@ def _fits_in_fp32(model: Any, device: torch.device) -> bool:
     return sum(parameter.numel() for parameter in model.parameters()) * 4 < 0.8 * free
 
 
-def _probe_ids(tokenizer: Any, template: Template) -> list[torch.Tensor]:
+def _probe_ids(tokenizer: Any, template: AnyTemplate) -> list[torch.Tensor]:
     """Return a few prompts as the adapter was trained to read them, int64 [1, T] each."""
-    encoder = TextEncoder(tokenizer)
-    return [torch.tensor([ids]) for ids in encoder.beginning([template.prompt(*probe) for probe in PROBES])]
+    encoder = Encoder(tokenizer, template, add_eos_token=False)
+    return [torch.tensor([encoder.prompt(Conversation.of(*probe))]) for probe in PROBES]
 
 
 @torch.inference_mode()

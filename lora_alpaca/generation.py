@@ -8,7 +8,7 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,16 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from lora_alpaca import adapters, folders, models, records
-from lora_alpaca.config import ADAPTER_DIR, DEMO, GenerateConfig
-from lora_alpaca.encoding import TextEncoder
+from lora_alpaca import adapters, contracts, folders, models, records
+from lora_alpaca.common_options import ADAPTER_DIR, DEMO
+from lora_alpaca.config import GenerateConfig
+from lora_alpaca.encoding import Encoder
 from lora_alpaca.errors import ConfigError
 from lora_alpaca.models import Base
-from lora_alpaca.prompts import Template, load_template
+from lora_alpaca.prompts import AnyTemplate, Conversation, Message, load_template
 from lora_alpaca.records import Origin
+
+History = Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -56,50 +59,56 @@ class Generator:
         self,
         model: Any,
         tokenizer: Any,
-        template: Template,
+        template: AnyTemplate,
         sampling: Sampling | None = None,
         max_length: int | None = None,
+        system: str = "",
     ):
         self.model = model
         self.tokenizer = tokenizer
-        self.template = template
+        self.template = template.bound(tokenizer)
         self.sampling = sampling or Sampling()
         self.max_length = max_length
-        self.stop_ids = stop_ids(model, tokenizer)
-        self._encoder = TextEncoder(tokenizer)
+        self.system = system
+        self.stop_ids = contracts.stop_ids(model.generation_config.eos_token_id, tokenizer, template)
+        self._encoder = Encoder(tokenizer, self.template, add_eos_token=False)
         self._one_at_a_time = threading.Lock()  # the random state and the key-value cache belong to one answer
 
     @classmethod
     def load(cls, config: GenerateConfig) -> "Generator":
         """Return a generator for the adapter or model that a config names; what was chosen for it is said on stderr.
 
-        Raises ConfigError, ModelError, AdapterError or TemplateError, in one line each.
+        Raises ConfigError, ModelError, AdapterError, TemplateError or ContractError, in one line each.
         """
         source = _find(config)
         template = _template(config, source)
         placement, said = models.place(config)
         _say(*said)
         tokenizer = models.load_tokenizer(source.base, source.tokenizer_dir)
+        contract = source.origin.contract if source.origin else None
+        template = contract.keep(tokenizer) if contract else template.bound(tokenizer)
         model = models.load_base(source.base, placement)
         if source.adapter is not None:
             model = adapters.load(model, source.adapter).eval()
         names = ("temperature", "top_p", "top_k", "num_beams", "max_new_tokens", "seed")
         sampling = Sampling(**{name: getattr(config, name) for name in names})
-        return cls(model, tokenizer, template, sampling, source.base.max_length)
+        return cls(model, tokenizer, template, sampling, source.base.max_length, config.system)
 
-    def reply(self, instruction: str, input: str = "", **changes: Any) -> str:
+    def reply(self, instruction: str, input: str = "", history: History = (), **changes: Any) -> str:
         """Return the answer to an instruction. `changes` are fields of Sampling, for this answer only."""
-        return "".join(self.stream(instruction, input, **changes))
+        return "".join(self.stream(instruction, input, history, **changes))
 
-    def stream(self, instruction: str, input: str = "", **changes: Any) -> Iterator[str]:
+    def stream(self, instruction: str, input: str = "", history: History = (), **changes: Any) -> Iterator[str]:
         """Yield the answer in pieces as it is made; joined they are what `reply` returns.
+
+        `history` are the (instruction, answer) pairs that came before, for templates that have several turns.
 
         There is a piece for every token, empty where there is nothing to show yet: with several beams, all but the
         last are, since a search may change its mind until its end. Closing the iterator stops the model at the next
-        token. Raises ConfigError for a prompt that does not fit.
+        token. Raises ConfigError for a prompt that does not fit, and TemplateError for one that the template has not.
         """
         sampling = replace(self.sampling, **changes)
-        prompt = self._encoder.beginning([self.template.prompt(instruction, input)])[0]
+        prompt = self.prompt_ids(instruction, input, history)
         if self.max_length is not None and len(prompt) >= self.max_length:
             raise ConfigError(
                 f"the prompt has {len(prompt)} tokens; this model takes at most {self.max_length}, answer included"
@@ -115,10 +124,27 @@ class Generator:
                 shown = text if ready else shown
             yield text[len(shown) :]
 
+    @property
+    def takes_turns(self) -> bool:
+        """Return whether the template has a place for what was said before."""
+        return bool(getattr(self.template, "turn", "chat"))
+
+    def prompt_ids(self, instruction: str, input: str = "", history: History = ()) -> list[int]:
+        """Return the ids that the model is fed: those that training saw before an answer, encoded by the same code."""
+        messages = [Message("system", self.system)] if self.system else []
+        for said, answer in history:
+            messages += [Message("user", said), Message("assistant", answer)]
+        conversation = Conversation((*messages, Message("user", instruction, input)))
+        self.template.check(conversation)
+        ids = self._encoder.prompt(conversation)
+        if not ids:
+            raise ConfigError("the prompt is empty, and the model needs a token to begin with")
+        return ids
+
     def reply_batch(self, prompts: list[tuple[str, str]], **changes: Any) -> list[str]:
         """Return the answers to (instruction, input) pairs, computed together, padded on the left."""
         sampling = replace(self.sampling, **changes)
-        rows = self._encoder.beginning([self.template.prompt(*pair) for pair in prompts])
+        rows = [self.prompt_ids(*pair) for pair in prompts]
         longest, pad = max(map(len, rows)), self.tokenizer.pad_token_id
         ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
@@ -191,13 +217,6 @@ class _Watcher(StoppingCriteria):
         return torch.full((input_ids.shape[0],), self.left.is_set(), device=input_ids.device, dtype=torch.bool)
 
 
-def stop_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Return the ids that end an answer: the tokenizer's end token, which training teaches, and the model's own."""
-    own = model.generation_config.eos_token_id
-    listed = own if isinstance(own, list) else [own]
-    return sorted({token for token in [tokenizer.eos_token_id, *listed] if token is not None})
-
-
 # ------------------------------------------------------------------------------------------------ what to load
 
 
@@ -265,13 +284,13 @@ def _same_base(named: str, recorded: str) -> bool:
     )
 
 
-def _template(config: GenerateConfig, source: Source) -> Template:
+def _template(config: GenerateConfig, source: Source) -> AnyTemplate:
     """Return the template that the prompts are made with; TemplateError where it cannot be known or is another."""
-    recorded = source.origin.template if source.origin else None
-    if recorded is None and source.base.name == DEMO and not config.prompt_template:
+    contract = source.origin.contract if source.origin else None
+    if contract is None and source.base.name == DEMO and not config.prompt_template:
         return load_template("alpaca")  # the untrained demo base: any would do
-    template = records.agreed_template(config.prompt_template, recorded, str(source.adapter or source.base.name))
-    if recorded is None:
+    template = records.agreed_template(config.prompt_template, contract, str(source.adapter or source.base.name))
+    if contract is None:
         _say(records.UNCHECKED)
     return template
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from lora_alpaca import quantization
-from lora_alpaca.config import DEMO, ModelOptions
+from lora_alpaca.common_options import DEMO, ModelOptions
 from lora_alpaca.errors import ConfigError, ModelError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +9,10 @@ import torch
 
 from lora_alpaca import models
 from lora_alpaca.batching import steps_per_epoch
-from lora_alpaca.config import DEMO, UPSTREAM_DATA, FinetuneConfig
-from lora_alpaca.encoding import Example
+from lora_alpaca.common_options import DEMO, UPSTREAM_DATA
+from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.errors import ConfigError
+from lora_alpaca.examples import Examples
 from lora_alpaca.models import Base
 from lora_alpaca.reports import Reporter
 
@@ -88,9 +88,7 @@ def resolve(config: FinetuneConfig, rows: int, world_size: int) -> Plan:
     )
 
 
-def wants_checkpointing(
-    config: FinetuneConfig, model: Any, device: torch.device, plan: Plan, train: Sequence[Example]
-) -> bool:
+def wants_checkpointing(config: FinetuneConfig, model: Any, device: torch.device, plan: Plan, train: Examples) -> bool:
     """Return whether to recompute activations: as said, or on CUDA where the longest micro-batch might not fit.
 
     The estimate, about 34 bytes a token, layer and unit of width plus the logits, is the one of arXiv:2205.05198 with
@@ -101,6 +99,6 @@ def wants_checkpointing(
     if device.type != "cuda":
         return False
     shape = model.config.get_text_config()
-    tokens = plan.micro_batch_size * max(len(example.input_ids) for example in train)
+    tokens = plan.micro_batch_size * max(train.lengths)
     needed = tokens * (34 * shape.num_hidden_layers * shape.hidden_size + 10 * shape.vocab_size)
     return needed > 0.7 * torch.cuda.mem_get_info(device)[0]

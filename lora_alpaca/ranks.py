@@ -73,6 +73,10 @@ class Ranks:
         """Wait until every rank is here."""
         self._accelerator.wait_for_everyone()
 
+    def first_here(self) -> Any:
+        """Return a context that the first process of each machine goes through before the others."""
+        return self._accelerator.local_main_process_first()
+
     # ------------------------------------------------------------------------------------------- random state
 
     def random_state(self) -> State:

@@ -8,18 +8,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_alpaca import __version__, adapters, folders
+from lora_alpaca import __version__, adapters, contracts, folders
 from lora_alpaca.adapters import State
 from lora_alpaca.config import FinetuneConfig
+from lora_alpaca.contracts import Contract
 from lora_alpaca.errors import AdapterError, CheckpointError, TemplateError
+from lora_alpaca.ledger import Ledger
 from lora_alpaca.models import Base, Placement
-from lora_alpaca.prompts import Template, load_template
+from lora_alpaca.prompts import AnyTemplate, load_template
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers")
 NOT_THE_RUN = {  # options that change what is shown or where, but no weight
     "output_dir", "resume", "resume_from_checkpoint", "overwrite", "logging_steps", "save_steps", "save_total_limit",
-    "report_to", "wandb_project", "wandb_run_name", "wandb_watch", "wandb_log_model",
+    "cache_dir", "max_truncated", "max_dropped", "max_duplicates", "report_to", "wandb_project", "wandb_run_name",
+    "wandb_watch", "wandb_log_model",
 }  # fmt: skip
+
+
+THE_RUN = ("base_model", "base_revision", "tokenizer_sha256", "precision", "ranks", "data_sha256")
 
 
 @dataclass
@@ -40,7 +46,14 @@ class Run:
 
 
 def describe(
-    config: FinetuneConfig, base: Base, template: Template, placement: Placement, world_size: int, data_digest: str
+    config: FinetuneConfig,
+    base: Base,
+    template: AnyTemplate,
+    tokenizer_sha256: str,
+    placement: Placement,
+    world_size: int,
+    data_sha256: str,
+    ledger: Ledger,
 ) -> dict[str, Any]:
     """Return the record of a run that begins: everything that decides its result."""
     return {
@@ -49,9 +62,11 @@ def describe(
         "base_model": base.name,
         "base_revision": base.revision,
         "template": template.to_json(),
+        "tokenizer_sha256": tokenizer_sha256,
         "precision": str(placement),
         "ranks": world_size,
-        "data_sha256": data_digest,
+        "data_sha256": data_sha256,
+        "ledger": ledger.to_json(),
         "options": config.model_dump(),
         "versions": versions(),
     }
@@ -61,7 +76,7 @@ def check_same(stored: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise CheckpointError naming every difference that would make a resumed run another run."""
 
     def decisive(record: dict[str, Any]) -> dict[str, Any]:
-        facts = {key: record[key] for key in ("base_model", "base_revision", "precision", "ranks", "data_sha256")}
+        facts = {key: record[key] for key in THE_RUN}
         template = {key: value for key, value in record["template"].items() if key not in ("name", "description")}
         options = {key: value for key, value in record["options"].items() if key not in NOT_THE_RUN}
         return options | facts | {"prompt_template": template}
@@ -76,14 +91,22 @@ def check_same(stored: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def save_adapter(
-    output_dir: Path, state: State, settings: dict[str, Any], tokenizer: Any, record: dict[str, Any], run: Run
+    output_dir: Path,
+    state: State,
+    settings: dict[str, Any],
+    tokenizer: Any,
+    contract: dict[str, Any],
+    record: dict[str, Any],
+    run: Run,
 ) -> None:
-    """Write the finished adapter: PEFT's two files, the tokenizer, and the record last, now marked as finished."""
+    """Write the finished adapter: PEFT's two files, tokenizer, prompt contract, and the record last, now finished."""
     before = set(folders.files_below(output_dir))
     folders.write_tensors(output_dir / adapters.WEIGHTS, state)
     folders.write_json(output_dir / adapters.SETTINGS, settings)
     tokenizer.save_pretrained(output_dir)
-    files = sorted(set(folders.files_below(output_dir)) - before | {adapters.WEIGHTS, adapters.SETTINGS})
+    folders.write_json(output_dir / contracts.FILE, contract)
+    ours = {adapters.WEIGHTS, adapters.SETTINGS, contracts.FILE}
+    files = sorted(set(folders.files_below(output_dir)) - before | ours)
     result = {key: value for key, value in asdict(run).items() if key != "output_dir"}
     folders.write_json(output_dir / folders.RECORD, record | {"status": "finished", "files": files, "result": result})
 
@@ -95,11 +118,11 @@ def finished_run(output_dir: Path) -> Run:
 
 @dataclass(frozen=True)
 class Origin:
-    """What an adapter, or a merged model, says about itself. `template` is None where nothing was recorded."""
+    """What an adapter, or a merged model, says about itself. `contract` is None where nothing was recorded."""
 
     base_model: str
     base_revision: str | None
-    template: Template | None
+    contract: Contract | None
 
 
 def read_origin(folder: Path) -> Origin:
@@ -115,28 +138,24 @@ def read_origin(folder: Path) -> Origin:
         raise AdapterError(
             f"{folder}: this run was never finished; go on with it: python finetune.py --resume --output_dir {folder}"
         )
-    fields = record["template"]
-    template = Template.from_json(fields, fields["name"], str(folder / folders.RECORD))
-    return Origin(record["base_model"], record["base_revision"], template)
+    return Origin(record["base_model"], record["base_revision"], contracts.read(folder))
 
 
 UNCHECKED = "warning: nothing records which prompt template this model was trained with; it cannot be checked"
 
 
-def agreed_template(asked: str, recorded: Template | None, where: str) -> Template:
-    """Return the template to use with a model: the recorded one, or the one asked for by --prompt_template.
+def agreed_template(asked: str, contract: Contract | None, where: str) -> AnyTemplate:
+    """Return the template to use with a model: that of its contract, or the one asked for by --prompt_template.
 
     Raises TemplateError if they differ, or if there is neither.
     """
-    if not asked and recorded is None:
+    if contract is not None:
+        return contract.template_asked(asked)
+    if not asked:
         raise TemplateError(
             f"{where} records no prompt template; name the one it was trained with: --prompt_template alpaca"
         )
-    if not asked or recorded is None:
-        return recorded or load_template(asked)
-    if load_template(asked).digest() != recorded.digest():
-        raise TemplateError(f"--prompt_template {asked}: {where} was trained with {recorded.name}; leave the flag out")
-    return recorded
+    return load_template(asked)
 
 
 def versions() -> dict[str, str]:

@@ -3,9 +3,11 @@
 Only the first rank speaks. The figures also go to tensorboard, wandb or trackio where that is asked for and there.
 """
 
+import contextlib
 import importlib.util
 import sys
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tqdm import tqdm
@@ -27,6 +29,17 @@ class Reporter:
             if self.quiet:
                 continue
             tqdm.write(line, file=sys.stdout) if self._bar is not None else print(line, flush=True)
+
+    @contextlib.contextmanager
+    def counting(self, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        """Give a function that is told how many of `total` more are done; a bar shows it on a terminal."""
+        shown = not self.quiet and sys.stderr.isatty()
+        with tqdm(total=total, unit=f" {unit}", dynamic_ncols=True, disable=not shown, leave=False) as bar:
+
+            def more(done: int) -> None:
+                bar.update(done)
+
+            yield more
 
     def start(self, total_steps: int, step: int) -> None:
         """Begin to count steps and time, from `step` of `total_steps`."""

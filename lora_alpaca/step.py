@@ -14,8 +14,8 @@ import torch.nn.functional as F
 
 from lora_alpaca.adapters import State, trainable
 from lora_alpaca.batching import Batch, micro_batches, pad
-from lora_alpaca.encoding import IGNORED, Example
 from lora_alpaca.errors import TrainingError
+from lora_alpaca.examples import IGNORED, Example
 from lora_alpaca.ranks import Ranks
 
 

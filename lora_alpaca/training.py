@@ -2,29 +2,34 @@
 
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lora_alpaca import adapters, checkpoints, data, folders, models, planning, records
+from lora_alpaca import adapters, checkpoints, contracts, data, folders, models, planning, preparation, records
 from lora_alpaca.adapters import State
 from lora_alpaca.batching import rows_of_step
 from lora_alpaca.checkpoints import Checkpoint
 from lora_alpaca.config import FinetuneConfig
-from lora_alpaca.encoding import Encoder, Example
+from lora_alpaca.data import Rows
+from lora_alpaca.encoding import Encoder
+from lora_alpaca.examples import Examples
 from lora_alpaca.planning import Plan
-from lora_alpaca.prompts import load_template
+from lora_alpaca.preparation import Prepared
+from lora_alpaca.prompts import AnyTemplate, fitting_template, load_template, template_from_json
 from lora_alpaca.ranks import Ranks
 from lora_alpaca.records import Run
 from lora_alpaca.reports import Reporter, minutes
 from lora_alpaca.step import Learner
+from lora_alpaca.tokenization import fingerprint
 
 
-def finetune(config: FinetuneConfig) -> Run:
+def finetune(config: FinetuneConfig, rows: Rows | None = None) -> Run:
     """Train a LoRA adapter and return what came of it; the adapter lies, self-describing, in `config.output_dir`.
+
+    `rows` are those of `config.data_path`, if they have been read already.
 
     Reads the data, holds out a validation split, trains with AdamW, validates and writes checkpoints at intervals,
     and keeps the adapter with the best validation loss. On one CPU, one config gives bit-identical adapters.
@@ -37,28 +42,32 @@ def finetune(config: FinetuneConfig) -> Run:
             say(f"{output_dir}: this run is already finished")
             return records.finished_run(output_dir)
         checkpoint_dir = _checkpoint_to_resume(config, output_dir, ranks.reporter)
-        template = load_template(config.prompt_template_name)
+        template = load_template(config.prompt_template_name) if config.prompt_template_name else None
         if config.init_adapter:
             adapters.check_start(config)
         config = planning.with_recipe(config, ranks.world_size, ranks.reporter)
-        rows = data.load_conversations(config.data_path)
-        train_rows, validation_rows = data.split(rows, config.val_set_size, config.seed)
+        rows = rows or Rows(config.data_path, config.columns, config.skip_bad_rows)
+        held_out = data.held_out(len(rows), config.val_set_size, config.seed)
 
         base = models.locate_base(config.base_model, config.revision, config.trust_remote_code)
         config = planning.within_model(config, base, ranks.reporter)
         tokenizer = models.load_tokenizer(base)
-        encoder = Encoder(tokenizer, template, config.cutoff_len, config.train_on_inputs, config.add_eos_token)
-        train, ledger = encoder.encode(train_rows)
-        validation, _ = encoder.encode(validation_rows)
-        counted, *warnings = ledger.lines(config.cutoff_len)
-        say(f"data: {config.data_path}: {counted}; {len(validation)} rows held out", *warnings)
+        resumed = checkpoints.load(checkpoint_dir) if checkpoint_dir else None
+        template = (_as_before(resumed, template) or fitting_template(rows.formats, tokenizer)).bound(tokenizer)
+        prepared = _prepare(config, rows, held_out, tokenizer, template, ranks)
+        train, validation, ledger = prepared.train, prepared.validation, prepared.ledger
+        say(f"data: {config.data_path}, sha256 {rows.digest[:12]}; template {template.name}", *ledger.lines())
+        if rows.ignored:
+            say(f"fields that are not used: {', '.join(sorted(map(str, rows.ignored)))}")
+        ledger.check(config.max_truncated, config.max_dropped, config.max_duplicates)
         if len(train) < config.batch_size:
             say(f"warning: {len(train)} rows are fewer than --batch_size {config.batch_size}: every step is an epoch")
         if not config.add_eos_token:
             say("warning: --add_eos_token False: the end token is not learned, so answers will not stop by themselves")
 
-        record = records.describe(config, base, template, ranks.placement, ranks.world_size, data.digest(rows))
-        resumed = checkpoints.load(checkpoint_dir) if checkpoint_dir else None
+        record = records.describe(
+            config, base, template, fingerprint(tokenizer), ranks.placement, ranks.world_size, rows.digest, ledger
+        )
         if resumed:
             records.check_same(resumed.facts["record"], record)
         plan = Plan(**resumed.facts["plan"]) if resumed else planning.resolve(config, len(train), ranks.world_size)
@@ -95,11 +104,32 @@ def finetune(config: FinetuneConfig) -> Run:
         run = progress.result(output_dir)
         if ranks.first:
             state = progress.best or adapters.state(model)
-            records.save_adapter(output_dir, state, adapters.settings(model), tokenizer, record, run)
+            stop_ids = contracts.stop_ids(model.generation_config.eos_token_id, tokenizer, template)
+            contract = contracts.draw_up(tokenizer, template, stop_ids, train)
+            records.save_adapter(output_dir, state, adapters.settings(model), tokenizer, contract, record, run)
         ranks.wait()
         ranks.keep_model(config, output_dir)
         say(f"adapter saved in {output_dir}: {run.steps} steps in {minutes(run.seconds)}{_gain(run)}")
         return run
+
+
+def _prepare(
+    config: FinetuneConfig, rows: Rows, held_out: set[int], tokenizer: Any, template: AnyTemplate, ranks: Ranks
+) -> Prepared:
+    """Return the examples: from the cache, or made by the first process of each machine while the others wait."""
+    encoder = Encoder(
+        tokenizer, template, config.cutoff_len, config.train_on_inputs, config.add_eos_token, config.train_on
+    )
+    folder = preparation.cache_folder(config.cache_dir) if len(rows) >= preparation.CACHED_FROM else None
+    key = preparation.cache_key(rows, encoder, config, held_out, fingerprint(tokenizer))
+    with ranks.first_here():
+        found = preparation.cached(folder, key)
+        if found:
+            ranks.reporter.say(f"prepared rows found in {folder}")
+            return found
+        with ranks.reporter.counting(len(rows), "rows") as progress:
+            prepared = preparation.prepare(rows, encoder, config, held_out, progress)
+        return preparation.keep(folder, key, prepared)
 
 
 @dataclass
@@ -137,14 +167,14 @@ def _train(
     plan: Plan,
     learner: Learner,
     ranks: Ranks,
-    train: Sequence[Example],
-    validation: Sequence[Example],
+    train: Examples,
+    validation: Examples,
     progress: Progress,
     record: dict[str, Any],
 ) -> None:
     """Take the steps from `progress.step` to the plan's end; log, validate and write checkpoints in between."""
     reporter, output_dir = ranks.reporter, Path(config.output_dir).expanduser()
-    lengths = tuple(len(example.input_ids) for example in train)
+    lengths = train.lengths
     if validation and progress.step == 0:
         progress.first_loss = learner.evaluate(validation)
         reporter.say(f"validation loss {progress.first_loss:.4f} before the first step")
@@ -224,6 +254,14 @@ def _checkpoint_to_resume(config: FinetuneConfig, output_dir: Path, reporter: Re
     ways_on = "go on with --resume, or start anew with --overwrite"
     folders.check(output_dir, config.overwrite or config.resume, ways_on)
     return None
+
+
+def _as_before(checkpoint: Checkpoint | None, template: AnyTemplate | None) -> AnyTemplate | None:
+    """Return the template to use; that of a run that goes on with a chat template is the one of then, with its date."""
+    if checkpoint is None or (template is not None and template.name != "chat"):
+        return template
+    recorded = template_from_json(checkpoint.facts["record"]["template"], "", "checkpoint")
+    return recorded if recorded.name == "chat" else template
 
 
 def _restored(checkpoint: Checkpoint, learner: Learner, ranks: Ranks) -> Progress:

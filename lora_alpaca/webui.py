@@ -21,7 +21,8 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 import gradio as gr
 
 from lora_alpaca import models
-from lora_alpaca.config import ADAPTER_DIR, DEMO, GenerateConfig
+from lora_alpaca.common_options import ADAPTER_DIR, DEMO
+from lora_alpaca.config import GenerateConfig
 from lora_alpaca.errors import ConfigError, LoraAlpacaError
 from lora_alpaca.generation import Generator
 
@@ -138,7 +139,9 @@ class _Answers:
         self.stopped.discard(request.session_hash)
         shown = ""
         yield shown
-        chosen = {name: type(SLIDERS[name][3])(value) for name, value in zip(SLIDERS, values, strict=True)}
+        chosen: dict[str, Any] = {
+            name: type(SLIDERS[name][3])(value) for name, value in zip(SLIDERS, values, strict=True)
+        }
         pieces: Any = self.generator.stream(instruction, input, **chosen)
         try:
             with closing(pieces):  # a reader who stops, or goes away, stops the model

@@ -10,13 +10,13 @@ import time
 from pathlib import Path
 
 from lora_alpaca import ExportConfig, FinetuneConfig, GenerateConfig, Generator, export_hf, finetune
-from lora_alpaca.data import demo_file, load_conversations
+from lora_alpaca.data import Rows, demo_file
 from lora_alpaca.demo.picture import draw
 from lora_alpaca.errors import LoraAlpacaError
 from lora_alpaca.prompts import Conversation
 
 FOLDER = Path("demo-run")
-SHOWN = [Conversation("Tell me about alpacas."), Conversation("What is a volcano?")]  # no facts of training rows either
+SHOWN = [Conversation.of("Tell me about alpacas."), Conversation.of("What is a volcano?")]  # no training rows either
 BATCH = 50
 LONGEST_ANSWER = 128  # tokens
 
@@ -24,7 +24,7 @@ LONGEST_ANSWER = 128  # tokens
 def main(*, picture: Path | None = None) -> None:
     """Run the demo; with `picture`, also draw its before and after as an SVG file."""
     begun = time.perf_counter()
-    held_out = load_conversations(str(demo_file("final")))
+    held_out = list(Rows(str(demo_file("final"))))
 
     base = Generator.load(
         GenerateConfig(base_model="demo", lora_weights="none", temperature=0, max_new_tokens=LONGEST_ANSWER)
@@ -44,7 +44,7 @@ def main(*, picture: Path | None = None) -> None:
     asked = [*SHOWN, *held_out[:4]]
     answers = []
     for row in asked:
-        old, new = (model.reply(row.instruction, row.input) for model in (base, merged))
+        old, new = (model.reply(row.question.text, row.question.input) for model in (base, merged))
         answers.append((row, old, new))
         print(side_by_side(row, old, new), flush=True)
     if picture:
@@ -58,12 +58,12 @@ def main(*, picture: Path | None = None) -> None:
 
 def exact_match(generator: Generator, rows: list[Conversation]) -> float:
     """Return the share of rows that are answered word for word as written, greedily, in batches of like length."""
-    ordered = sorted(rows, key=lambda row: len(row.instruction) + len(row.input))
+    ordered = sorted(rows, key=lambda row: len(row.question.text) + len(row.question.input))
     hits = 0
     for start in range(0, len(ordered), BATCH):
         batch = ordered[start : start + BATCH]
-        replies = generator.reply_batch([(row.instruction, row.input) for row in batch])
-        hits += sum(reply == row.output for reply, row in zip(replies, batch, strict=True))
+        replies = generator.reply_batch([(row.question.text, row.question.input) for row in batch])
+        hits += sum([reply] == row.answers for reply, row in zip(replies, batch, strict=True))
     return hits / len(rows)
 
 
@@ -75,7 +75,8 @@ def side_by_side(row: Conversation, old: str, new: str, width: int = 56) -> str:
         f"  {left:{width}}  |  {right}"
         for left, right in zip(*(c + [""] * (height - len(c)) for c in columns), strict=True)
     ]
-    return "\n".join([f"> {row.instruction}" + (f" [{row.input}]" if row.input else ""), *lines, ""])
+    asked = row.question
+    return "\n".join([f"> {asked.text}" + (f" [{asked.input}]" if asked.input else ""), *lines, ""])
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ def draw(answers: list[tuple[Conversation, str, str]], before: float, after: flo
         body.append(_text(x, y + 30, f"{share:.0%} of {questions} held-out instructions, word for word", colour))
     y += 66
     for row, old, new in answers:
-        body.append(_text(20, y, "> " + row.instruction + (f"  [{row.input}]" if row.input else ""), INK, bold=True))
+        asked = row.question
+        body.append(_text(20, y, "> " + asked.text + (f"  [{asked.input}]" if asked.input else ""), INK, bold=True))
         y += LINE + 3
         columns = [_wrapped(old, 6), _wrapped(new, 6)]
         for lines, x, colour in ((columns[0], 20, GREY), (columns[1], 20 + COLUMN, INK)):

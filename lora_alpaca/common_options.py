@@ -1,0 +1,75 @@
+"""The options that several commands share: which data, which base model, on what device, in what precision."""
+
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from lora_alpaca.errors import ConfigError
+from lora_alpaca.options import Device, Dtype, Names, Options, option
+
+DEMO = "demo"  # the name of the base model and of the data inside the package
+UPSTREAM_DATA = "yahma/alpaca-cleaned"
+ADAPTER_DIR = "./lora-alpaca"
+EXPORT_DIR = "./hf_ckpt"
+
+
+class ModelOptions(Options):
+    """Which base model, on what device, in what precision: the same for training, generation and export."""
+
+    base_model: str = option(
+        "", "model and data", "Base model: a local folder, a hub id, or `demo` for the tiny model in the package."
+    )
+    revision: str | None = option(
+        None,
+        "model and data",
+        "Branch, tag or commit of a base model from the hub; the commit is recorded.",
+        auto="main",
+    )
+    trust_remote_code: bool = option(
+        False, "model and data", "Run Python code that the base model's repository brings."
+    )
+    load_8bit: bool | None = option(
+        None, "precision", "Hold the frozen base in 8 bits (LLM.int8).", auto="see the docs"
+    )
+    load_4bit: bool = option(False, "precision", "Hold the frozen base in 4 bits (NF4).")
+    dtype: Dtype = option(
+        "auto",
+        "precision",
+        "Compute dtype: auto, bf16, fp16 or fp32. auto is bf16 where the device has it, else fp16 on CUDA, else fp32.",
+    )
+    device: Device = option("auto", "precision", "Where to run: auto, cuda, mps or cpu.")
+
+    @model_validator(mode="after")
+    def _one_quantisation(self) -> Self:
+        if self.load_8bit and self.load_4bit:
+            raise ConfigError("--load_8bit and --load_4bit exclude each other; choose one")
+        return self
+
+
+class DataOptions(Options):
+    """Which rows, how they become prompts, and what of them is learned."""
+
+    data_path: str = option(
+        "",
+        "data",
+        "Rows: a .json, .jsonl, .csv or .parquet file, each also .gz; a hub id, ID[:CONFIG][:SPLIT][@REVISION]; "
+        "`demo`; or several with commas between.",
+        auto=f"the demo data; {UPSTREAM_DATA} when --base_model is given",
+    )
+    columns: Names | None = option(
+        None, "data", "Names of the fields in the data: FIELD=COLUMN pairs, as in instruction=question.", auto="none"
+    )
+    skip_bad_rows: bool = option(False, "data", "Leave out rows that cannot be used, and count them; else an error.")
+    prompt_template_name: str = option(
+        "",
+        "data",
+        "Prompt template: a name from templates/, `chat` for the tokenizer's own, or the path of a .json file.",
+        auto="alpaca; for other formats of rows the one that fits, said",
+    )
+    cutoff_len: int = option(512, "data", "Longest row.", unit="tokens", ge=2)
+    overlong: Literal["truncate", "drop", "error"] = option(
+        "truncate", "data", "Longer rows: truncate their answer, drop them, or an error; counted."
+    )
+    train_on_inputs: bool = option(False, "data", "Learn the prompts too, not only the answers.")
+    train_on: Literal["all", "last"] = option("all", "data", "Which answers of a conversation are learned.")
+    add_eos_token: bool = option(True, "data", "Learn to end the answer; without it answers do not stop.")

@@ -1,0 +1,222 @@
+"""The prompt contract: which prompt a model was trained with, down to the token, in a file beside its weights.
+
+`prompt_contract.json` holds the template itself, what identifies the tokenizer, the tokens that stop an answer, and
+a few golden rows as they were encoded. Generation and export encode them again, and refuse at the first token that
+is another one. Of the user's own rows there are hashes only: an adapter is published, private rows are not.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_alpaca import folders
+from lora_alpaca.encoding import Encoder
+from lora_alpaca.errors import ContractError, TemplateError
+from lora_alpaca.examples import Examples
+from lora_alpaca.prompts import (
+    EOS,
+    AnyTemplate,
+    ChatTemplate,
+    Conversation,
+    Message,
+    load_template,
+    template_from_json,
+)
+from lora_alpaca.tokenization import fingerprint
+
+FILE = "prompt_contract.json"
+FORMAT = 1
+HASHED_ROWS = 8
+
+_USER, _ANSWER = "user", "assistant"
+GOLDEN = (  # what has gone wrong before: inputs, white space at the seam, scripts, control strings, several turns
+    Conversation.of("Name a mountain in Peru.", "", "Huascarán."),
+    Conversation.of("Add the numbers.", "12 + 30", "42"),
+    Conversation.of(" Write a list. ", "", "\n- one\n- two\n"),
+    Conversation.of("Greet in three languages: {input}", "", " Hello, 你好, שלום 🦙"),
+    Conversation.of("What does </s> mean, and <|im_end|>?", "", "### Response:\nBoth are </s> and <|im_end|>."),
+    Conversation(
+        (
+            Message("system", "You are brief."),
+            Message(_USER, "Hi."),
+            Message(_ANSWER, "Hello!"),
+            Message(_USER, "And now?"),
+            Message(_ANSWER, "Bye."),
+        )
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What `prompt_contract.json` holds. `template` is not bound to a tokenizer yet."""
+
+    template: AnyTemplate
+    content: dict[str, Any]
+    where: str
+
+    def template_asked(self, asked: str) -> AnyTemplate:
+        """Return the template, having made sure that the one asked for by a flag, if any, is the same."""
+        if not asked or (asked == "chat" and isinstance(self.template, ChatTemplate)):
+            return self.template
+        if load_template(asked).digest() != self.template.digest():
+            raise TemplateError(
+                f"--prompt_template {asked}: {self.where} was trained with {self.template.name}, and {asked} is "
+                "another prompt; leave the flag out"
+            )
+        return self.template
+
+    def keep(self, tokenizer: Any) -> AnyTemplate:
+        """Return the template bound to a tokenizer that gives the tokens of training.
+
+        Raises ContractError naming the first token that is another one.
+        """
+        self._check_tokens(tokenizer)
+        template = self.template.bound(tokenizer)
+        now = _golden(tokenizer, template)
+        for before, after in zip(self.content["golden"], now, strict=False):
+            self._check_row(before, after, tokenizer)
+        if len(now) != len(self.content["golden"]):
+            raise ContractError(f"{self.where}: the template takes other conversations than in training")
+        if template.digest() != self.content["template_sha256"]:
+            raise ContractError(f"{self.where}: {FILE} holds another template than in training; {_WAY_OUT}")
+        if _vocabulary(tokenizer) != self.content["tokenizer"]["vocabulary_sha256"]:
+            raise ContractError(f"{self.where}: the tokenizer has another vocabulary than in training; {_WAY_OUT}")
+        return template
+
+    def _check_tokens(self, tokenizer: Any) -> None:
+        before, now = self.content["tokenizer"], _identity(tokenizer)
+        for kind in ("special", "added"):
+            for token in [*before[kind], *now[kind]]:
+                was, is_now = before[kind].get(token), now[kind].get(token)
+                if was != is_now:
+                    raise ContractError(
+                        f"{self.where}: the tokenizer's {kind} token {token!r} is {_named(is_now)}, and was "
+                        f"{_named(was)} in training; {_WAY_OUT}"
+                    )
+
+    def _check_row(self, before: dict[str, Any], after: dict[str, Any], tokenizer: Any) -> None:
+        if before == after:
+            return
+        old, new = before["tokens"], after["tokens"]
+        place = next((n for n, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
+        if old == new:
+            different = [key for key in before if before[key] != after.get(key)]
+            raise ContractError(f"{self.where}: a golden row has other {' and '.join(different)} than in training")
+        raise ContractError(
+            f"{self.where}: token {place + 1} of a golden prompt is {_token(new, place)}, and was {_token(old, place)} "
+            f"in training, after {before['text'][:24]!r}...; {_WAY_OUT}"
+        )
+
+
+_WAY_OUT = "use the tokenizer and template of this folder unchanged, or train anew"
+
+
+def draw_up(
+    tokenizer: Any, template: AnyTemplate, stop_ids: Sequence[int], train: Examples | None = None
+) -> dict[str, Any]:
+    """Return the content of the file for a template bound to its tokenizer, and the rows trained on, where known."""
+    return {
+        "format": FORMAT,
+        "template": template.to_json(),
+        "template_sha256": template.digest(),
+        "tokenizer": _identity(tokenizer),
+        "stop_ids": list(stop_ids),
+        "golden": _golden(tokenizer, template),
+        "rows_sha256": [] if train is None else row_hashes(train),
+    }
+
+
+def read(folder: Path) -> Contract | None:
+    """Return the contract of a folder, None if it has none; ContractError if it is damaged."""
+    path = folder / FILE
+    if not path.exists():
+        return None
+    content = folders.read_json(path)
+    try:
+        if content["format"] != FORMAT:
+            raise ContractError(f"{path}: format {content['format']}, which this version of lora_alpaca cannot read")
+        template = template_from_json(content["template"], "", str(path))
+        assert {"special", "added", "sha256", "vocabulary_sha256"} <= content["tokenizer"].keys()
+        assert all({"text", "ids", "tokens", "learned"} <= row.keys() for row in content["golden"])
+    except (KeyError, TypeError, AttributeError, AssertionError):
+        raise ContractError(f"{path}: damaged, or not written by lora_alpaca") from None
+    return Contract(template, content, str(folder))
+
+
+def row_hashes(train: Examples) -> list[str]:
+    """Return sha256 of the tokens and learned stretches of a few rows, evenly spread."""
+    step = max(1, len(train) // HASHED_ROWS)
+    return [_sha256([train[row].input_ids, train.spans_of(row)]) for row in range(0, len(train), step)][:HASHED_ROWS]
+
+
+def _identity(tokenizer: Any) -> dict[str, Any]:
+    """Return what tells a tokenizer from others: special and added tokens with their ids, and hashes of the rest."""
+    names = ("bos", "eos", "unk", "pad")
+    return {
+        "class": type(tokenizer).__name__,
+        "tokens": len(tokenizer),
+        "sha256": fingerprint(tokenizer),
+        "vocabulary_sha256": _vocabulary(tokenizer),
+        "special": {name: _described(tokenizer, getattr(tokenizer, f"{name}_token_id")) for name in names},
+        "added": {token.content: number for number, token in tokenizer.added_tokens_decoder.items()},
+    }
+
+
+def _vocabulary(tokenizer: Any) -> str:
+    return _sha256(sorted(tokenizer.get_vocab().items()))
+
+
+def _golden(tokenizer: Any, template: AnyTemplate) -> list[dict[str, Any]]:
+    """Return the golden conversations that a template takes, as it and the tokenizer make them now."""
+    encoder = Encoder(tokenizer, template, add_eos_token=tokenizer.eos_token_id is not None)
+    rows = []
+    for conversation in _taken(template, GOLDEN):
+        encoded = encoder.encode([conversation])[0]
+        text = "".join(run.text for run in template.render(conversation))
+        rows.append(
+            {
+                "text": text,
+                "ids": encoded.ids,
+                "tokens": tokenizer.convert_ids_to_tokens(encoded.ids),
+                "learned": [list(span) for span in encoded.spans],
+                "prompt_ids": len(encoder.prompt(conversation)),
+            }
+        )
+    return rows
+
+
+def _taken(template: AnyTemplate, conversations: Iterable[Conversation]) -> Iterable[Conversation]:
+    for conversation in conversations:
+        try:
+            template.check(conversation)
+            template.render(conversation)
+        except TemplateError:
+            continue
+        yield conversation
+
+
+def stop_ids(model_ids: int | list[int] | None, tokenizer: Any, template: AnyTemplate) -> list[int]:
+    """Return the ids that end an answer: the template's end token, the tokenizer's, and the model's own."""
+    listed = model_ids if isinstance(model_ids, list) else [model_ids]
+    own = None if template.stop == EOS else tokenizer.convert_tokens_to_ids(template.stop)
+    return sorted({token for token in [own, tokenizer.eos_token_id, *listed] if token is not None})
+
+
+def _described(tokenizer: Any, number: int | None) -> str | None:
+    return None if number is None else f"{tokenizer.convert_ids_to_tokens(number)} (id {number})"
+
+
+def _named(token: int | str | None) -> str:
+    return "missing" if token is None else f"id {token}" if isinstance(token, int) else token
+
+
+def _token(tokens: list[str], place: int) -> str:
+    return repr(tokens[place]) if place < len(tokens) else "missing"
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

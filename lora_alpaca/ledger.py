@@ -1,0 +1,123 @@
+"""What became of the rows, in numbers and sentences: printed before training, and kept with the run."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from lora_alpaca.errors import DataError
+
+NAMED = 5  # rows of a kind that are named, of however many
+
+
+@dataclass
+class Tally:
+    """How many rows of a kind there are, where the first ones stand, and for dropped ones why the first was."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+    example: str = ""
+
+    def add(self, where: str, example: str = "") -> None:
+        """Count a row."""
+        self.count += 1
+        self.example = self.example or example
+        if len(self.first) < NAMED:
+            self.first.append(where)
+
+
+SENTENCES = {  # by the ledger's fields, in the order in which they are said
+    "bad": "cannot be used and are dropped",
+    "overlong": "are longer than --cutoff_len {cutoff_len} and are dropped",
+    "without_label": "have a prompt of --cutoff_len {cutoff_len} or more, so no answer is left; they are dropped",
+    "truncated": "are longer than --cutoff_len {cutoff_len}; they are cut, in an answer or behind one",
+    "ends_lost": "lose the end token of an answer in that",
+    "duplicates": "are exact doubles of an earlier one",
+    "shared": "are in both the training and the validation part",
+    "empty_answers": "have an empty answer: they teach to say nothing",
+    "blank_instructions": "have a blank instruction",
+    "last_turn_only": "are learned in their last answer only, since the chat template rewrites the earlier ones",
+}
+NOTES = {  # not amiss, but good to know
+    "control_text": "hold control tokens as text (like {example}); they stay text",
+    "other_ids": "get other ids than alpaca-lora gives them, where prompt and answer meet: {example}",
+}
+
+
+@dataclass
+class Ledger:
+    """Counts of a run's rows. Tokens are those of the training part, after truncation."""
+
+    cutoff_len: int
+    read: int = 0
+    formats: dict[str, int] = field(default_factory=dict)
+    train: int = 0
+    validation: int = 0
+    tokens: int = 0
+    learned: int = 0
+    longest: int = 0
+    percentiles: dict[str, int] = field(default_factory=dict)  # of row lengths before truncation
+    bad: Tally = field(default_factory=Tally)
+    overlong: Tally = field(default_factory=Tally)
+    without_label: Tally = field(default_factory=Tally)
+    truncated: Tally = field(default_factory=Tally)
+    ends_lost: Tally = field(default_factory=Tally)
+    duplicates: Tally = field(default_factory=Tally)
+    shared: Tally = field(default_factory=Tally)
+    empty_answers: Tally = field(default_factory=Tally)
+    blank_instructions: Tally = field(default_factory=Tally)
+    last_turn_only: Tally = field(default_factory=Tally)
+    control_text: Tally = field(default_factory=Tally)
+    other_ids: Tally = field(default_factory=Tally)
+
+    def lines(self) -> list[str]:
+        """Return the sentences to print: what is trained on, what was lost, and what is good to know."""
+        kinds = ", ".join(f"{count:,} in {name} format" for name, count in self.formats.items())
+        masked = self.tokens - self.learned
+        lengths = ", ".join(f"{name} {length}" for name, length in self.percentiles.items())
+        lines = [
+            f"{self.read:,} rows read ({kinds}); {self.train:,} to train on, {self.validation:,} held out",
+            f"{self.tokens:,} tokens, {self.learned:,} of them learned, {masked:,} only seen; row lengths: {lengths}",
+        ]
+        for key, sentence in SENTENCES.items():
+            lines += self._line("warning: ", key, sentence)
+        for key, sentence in NOTES.items():
+            lines += self._line("", key, sentence)
+        return lines
+
+    def _line(self, mark: str, key: str, sentence: str) -> list[str]:
+        tally: Tally = getattr(self, key)
+        if not tally.count:
+            return []
+        said = sentence.format(cutoff_len=self.cutoff_len, example=tally.example)
+        why = f": {tally.example}" if key == "bad" else ""
+        share = tally.count / max(1, self.read)
+        return [f"{mark}{tally.count:,} rows ({share:.1%}) {said} (first: {tally.first[0]}{why})"]
+
+    def dropped(self) -> int:
+        """Return how many rows are not trained or validated on."""
+        return self.bad.count + self.overlong.count + self.without_label.count
+
+    def check(self, max_truncated: float | None, max_dropped: float | None, max_duplicates: float | None) -> None:
+        """Raise DataError where more rows than allowed, as shares of all that were read, were lost or are doubles."""
+        gates: Sequence[tuple[str, float | None, int, str]] = (
+            ("max_truncated", max_truncated, self.truncated.count, "are truncated"),
+            ("max_dropped", max_dropped, self.dropped(), "are dropped"),
+            ("max_duplicates", max_duplicates, self.duplicates.count, "are exact doubles"),
+        )
+        for flag, limit, count, said in gates:
+            if limit is not None and count > limit * self.read:
+                raise DataError(
+                    f"--{flag} {limit}: {count:,} of {self.read:,} rows ({count / self.read:.1%}) {said}; "
+                    + "; ".join(line for line in self.lines() if line.startswith("warning"))
+                )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `from_json` reads."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> "Ledger":
+        """Return a ledger that was saved."""
+        tallies = {found.name for found in fields(cls) if found.default_factory is Tally}
+        values: dict[str, Any] = {key: Tally(**value) if key in tallies else value for key, value in stored.items()}
+        return cls(**values)

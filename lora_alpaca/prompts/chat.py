@@ -1,0 +1,221 @@
+"""The tokenizer's own chat template (Jinja), made into runs in which the user's text stays text.
+
+A rendered text does not say which `<|im_end|>` the template wrote and which one a user typed. So the shape of a
+conversation is rendered once with stand-ins for the messages; the control tokens are read from what is around them,
+and the texts are put in their places afterwards. Every row is then compared with its own plain rendering: where a
+template rewrites a text (thoughts dropped from earlier turns, say), that shows, and only the last answer is learned.
+"""
+
+import datetime
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+from lora_alpaca.errors import TemplateError
+from lora_alpaca.prompts.conversation import Conversation, Message, Run, joined
+
+_PADDING = " \n"  # around a stand-in, to see whether the template strips the text
+_STAND_IN = re.compile(r"(?P<left> \n)?qX(?P<number>\d+)Xq(?P<right>\n )?")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of message `number` in a rendered conversation, and on which sides its text is stripped."""
+
+    number: int
+    strip_left: bool
+    strip_right: bool
+
+    def fill(self, text: str) -> str:
+        text = text.lstrip() if self.strip_left else text
+        return text.rstrip() if self.strip_right else text
+
+
+class Part(NamedTuple):
+    """A piece of a rendered conversation: the template's text, one of its control tokens, or the place of a message."""
+
+    what: str | Slot
+    learned: bool
+    control: bool = False
+
+
+class ChatTemplate:
+    """The chat template that a tokenizer brings. `bound(tokenizer)` reads it; only then can it render."""
+
+    name = "chat"
+    begins_itself = True  # it writes the beginning-of-text token, or leaves it out
+    tail = ""
+
+    def __init__(self, source: str = "", tokenizer: Any = None):
+        self.source = source
+        self._tokenizer = tokenizer
+        self._shape = lru_cache(maxsize=256)(self._new_shape)
+
+    def bound(self, tokenizer: Any) -> "ChatTemplate":
+        """Return the template with its tokenizer. TemplateError if that has none, or one that cannot be learned."""
+        source = self.source or tokenizer.chat_template
+        if not isinstance(source, str):
+            raise TemplateError(
+                "template chat: the tokenizer brings no chat template" if not source else
+                "template chat: the tokenizer brings several chat templates; save it with the one to use"
+            )  # fmt: skip
+        template = ChatTemplate(self.source or _dated(source), tokenizer)
+        template.stop  # noqa: B018  a template without an end token is refused here
+        return template
+
+    def check(self, conversation: Conversation) -> None:
+        """Raise TemplateError for a document, which is no conversation."""
+        if conversation.is_document:
+            raise TemplateError(f"{conversation.where}: a text without a prompt, which only the template plain takes")
+
+    def prompt(self, conversation: Conversation) -> list[Run]:
+        """Return what generation is fed: the conversation up to the last user message, and the start of an answer."""
+        messages = list(conversation.messages)
+        if messages[-1].role == "assistant":
+            messages.pop()
+        parts = self._parts(self._render(_stand_ins(message.role for message in messages), True), [])
+        runs, rendered = _filled(parts, messages), self._render(messages, True, conversation.where)
+        if "".join(run.text for run in runs) != rendered:
+            runs = self._rewritten(rendered, messages, conversation.where)
+        return joined(iter(runs))
+
+    def render(self, conversation: Conversation, last_only: bool = False) -> list[Run]:
+        """Return the runs of a training row; only the last answer is learned where the template rewrites others."""
+        messages, where = list(conversation.messages), conversation.where
+        runs = _filled(self._shape(tuple(message.role for message in messages), last_only), messages)
+        rendered = self._render(messages, False, where)
+        if "".join(run.text for run in runs) != rendered:
+            prompt = self._render(messages[:-1], True, where)
+            if not rendered.startswith(prompt):
+                raise TemplateError(
+                    f"{where}: the chat template rewrites this conversation so that its last prompt is another one; "
+                    "use vicuna or chatml"
+                )
+            rest = self._rewritten(rendered[len(prompt) :], messages, where)
+            end = next((number for number, run in enumerate(rest) if run.control), len(rest))
+            answer = [Run(run.text, number <= end, run.control) for number, run in enumerate(rest)]
+            runs = [*self._rewritten(prompt, messages, where), *answer]
+        return joined(iter(runs))
+
+    @cached_property
+    def stop(self) -> str:
+        """Return the control token that ends an answer."""
+        parts = self._shape(("user", "assistant"), False)
+        return str([part.what for part in parts if part.learned and part.control][-1])
+
+    def response(self, text: str) -> str:
+        """Return the answer in generated text, which holds new tokens only."""
+        return text.strip()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `from_json` reads."""
+        return {"name": self.name, "chat_template": self.source}
+
+    def digest(self) -> str:
+        """Return a sha256 of the template; the one that a tokenizer is still to bring counts as none."""
+        return hashlib.sha256(json.dumps(self.source).encode()).hexdigest()
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any], where: str) -> "ChatTemplate":
+        """Return a recorded chat template, still to be bound."""
+        if not isinstance(fields["chat_template"], str):
+            raise TemplateError(f"{where}: the key chat_template is not a text")
+        return cls(fields["chat_template"])
+
+    # ------------------------------------------------------------------------------------------------- shapes
+
+    def _new_shape(self, roles: tuple[str, ...], last_only: bool) -> list[Part]:
+        """Return how conversations of one sequence of roles look; TemplateError if not even the last answer is clear.
+
+        An answer can be learned if the whole conversation shows it as generation would have met it at the time.
+        """
+        messages = _stand_ins(roles)
+        whole = self._render(messages, False)
+        spans = []  # of the answers, each from where generation starts to the end of its end token
+        for number in (number for number, role in enumerate(roles) if role == "assistant"):
+            prompt, upto = self._render(messages[:number], True), self._render(messages[: number + 1], False)
+            slot = upto.find(f"qX{number}Xq", len(prompt))
+            end = self._control.search(upto, slot) if slot >= 0 else None
+            if end and upto.startswith(prompt) and whole.startswith(upto[: end.end()]):
+                spans.append((len(prompt), end.end()))
+            elif number == len(roles) - 1:
+                what = "does not repeat its prompt before" if end else "has no end token after"
+                raise TemplateError(f"template chat: the chat template {what} an answer; use vicuna or chatml")
+        rewrites = len(spans) < roles.count("assistant")
+        return self._parts(whole, spans[-1:] if last_only or rewrites else spans)
+
+    def _parts(self, rendered: str, learned: list[tuple[int, int]]) -> list[Part]:
+        """Return a rendering of stand-ins as parts: its texts, cut where learning begins or ends, tokens and slots."""
+        parts: list[Part] = []
+        for start, stop in pairwise(sorted({0, len(rendered), *(place for span in learned for place in span)})):
+            is_learned = any(first <= start < last for first, last in learned)
+            place = start
+            for found in _STAND_IN.finditer(rendered, start, stop):
+                parts += self._texts(rendered[place : found.start()], is_learned)
+                parts.append(Part(Slot(int(found["number"]), not found["left"], not found["right"]), is_learned))
+                place = found.end()
+            parts += self._texts(rendered[place:stop], is_learned)
+        return parts
+
+    def _texts(self, text: str, learned: bool = False) -> list[Part]:
+        """Return the template's own text as texts and control tokens."""
+        pieces = filter(None, self._control.split(text))
+        return [Part(piece, learned, self._control.fullmatch(piece) is not None) for piece in pieces]
+
+    def _rewritten(self, rendered: str, messages: list[Message], where: str) -> list[Run]:
+        """Return a text in which the user's words cannot be found again: safe if they hold no control token."""
+        if any(self._control.search(_text(message)) for message in messages):
+            raise TemplateError(
+                f"{where}: the chat template rewrites this conversation, and its texts hold control tokens, "
+                "which could then not be told from the template's"
+            )
+        return _filled(self._texts(rendered), messages)
+
+    @cached_property
+    def _control(self) -> re.Pattern[str]:
+        """Return a pattern of the tokenizer's control tokens, with a group around it."""
+        tokens = [token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special]
+        return re.compile("(" + "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) + ")")
+
+    def _render(self, messages: list[Message], generates: bool, where: str = "") -> str:
+        """Return the text that transformers renders."""
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [{"role": message.role, "content": _text(message)} for message in messages],
+                chat_template=self.source,
+                tokenize=False,
+                add_generation_prompt=generates,
+            )
+        except Exception as error:  # Jinja's, and whatever a template raises by its own choice
+            said = " ".join(str(error).split()) or type(error).__name__
+            raise TemplateError(f"{where}{': ' if where else ''}the chat template refuses: {said}") from None
+        return str(text)
+
+
+def _stand_ins(roles: Iterable[str]) -> list[Message]:
+    return [Message(role, f"{_PADDING}qX{number}Xq{_PADDING[::-1]}") for number, role in enumerate(roles)]
+
+
+def _filled(parts: list[Part], messages: list[Message]) -> list[Run]:
+    """Return parts as runs, with the messages in their slots."""
+    texts = [_text(message) for message in messages]
+    return [
+        Run(part.what.fill(texts[part.what.number]) if isinstance(part.what, Slot) else part.what, *part[1:])
+        for part in parts
+    ]
+
+
+def _dated(source: str) -> str:
+    """Return a template that tells the model today's date with that date written out: tomorrow's prompt is the same."""
+    today = datetime.date.today()
+    return re.sub(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""", lambda call: json.dumps(today.strftime(call[2])), source)
+
+
+def _text(message: Message) -> str:
+    """Return what a message says, the input below the instruction."""
+    return f"{message.text}\n\n{message.input}" if message.input else message.text

@@ -1,0 +1,85 @@
+"""What is said, and what a template makes of it: messages, conversations, and runs of text and control tokens."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+EOS = "{eos}"  # the control token that stands for the tokenizer's end token, whatever that is called
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message. `role` is system, user or assistant; `input` is Alpaca's second text, of a user's message only."""
+
+    role: str
+    text: str
+    input: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A system message or none, then user and assistant in turn; `where` the row stands ("alpaca.json:17").
+
+    A document, text to be continued, is one message of the assistant and nothing else.
+    """
+
+    messages: tuple[Message, ...]
+    where: str = ""
+
+    @classmethod
+    def of(cls, instruction: str, input: str = "", output: str | None = None, where: str = "") -> "Conversation":
+        """Return a conversation of one instruction and, if there is an output, its answer."""
+        answer = () if output is None else (Message("assistant", output),)
+        return cls((Message("user", instruction, input), *answer), where)
+
+    @property
+    def system(self) -> str:
+        """Return the text of the system message, empty if there is none."""
+        return self.messages[0].text if self.messages and self.messages[0].role == "system" else ""
+
+    @property
+    def answers(self) -> list[str]:
+        """Return the texts of the assistant."""
+        return [message.text for message in self.messages if message.role == "assistant"]
+
+    @property
+    def users(self) -> list[Message]:
+        """Return the messages of the user."""
+        return [message for message in self.messages if message.role == "user"]
+
+    @property
+    def question(self) -> Message:
+        """Return the last message of the user."""
+        return self.users[-1]
+
+    @property
+    def is_document(self) -> bool:
+        """Return whether this is text to be continued, which nobody asked for."""
+        return len(self.messages) == 1 and self.messages[0].role == "assistant"
+
+    def texts(self) -> Iterator[str]:
+        """Yield every text that somebody wrote."""
+        for message in self.messages:
+            yield message.text
+            if message.input:
+                yield message.input
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A stretch of text, or one control token by its name, and whether it is learned."""
+
+    text: str
+    learned: bool
+    control: bool = False
+
+
+def joined(runs: Iterator[Run]) -> list[Run]:
+    """Return the runs with neighbouring texts of one kind put together, so that they are encoded together."""
+    result: list[Run] = []
+    for run in runs:
+        last = result[-1] if result else None
+        if last and not (last.control or run.control) and last.learned == run.learned:
+            result[-1] = Run(last.text + run.text, run.learned)
+        elif run.control or run.text:
+            result.append(run)
+    return result

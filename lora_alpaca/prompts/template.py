@@ -1,0 +1,212 @@
+"""Templates of text: alpaca-lora's four keys, and optional ones for system messages and several turns."""
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Any
+
+from lora_alpaca.errors import TemplateError
+from lora_alpaca.prompts.conversation import EOS, Conversation, Run, joined
+
+REQUIRED = ("prompt_input", "prompt_no_input", "response_split")
+PLACEHOLDERS = {  # that a key may hold; the first ones it must
+    "prompt_input": ("instruction", "input"),
+    "prompt_no_input": ("instruction",),
+    "turn": ("instruction",),
+    "system": ("system",),
+    "answer": ("output",),
+    "end": (),
+}
+_BRACES = re.compile(r"\{[^{}\n]{0,40}\}")
+
+
+@dataclass(frozen=True)
+class Template:
+    """A prompt format. Public attributes are the keys of its JSON file, which `templates/README.md` explains."""
+
+    name: str
+    prompt_input: str
+    prompt_no_input: str
+    response_split: str
+    description: str = ""
+    system: str = ""  # what a system message looks like, before the first prompt; empty: there can be none
+    default_system: str = ""  # the system message of rows that bring none
+    turn: str = ""  # the prompt of later turns; empty: there is only one
+    answer: str = "{output}"
+    end: str = EOS  # what follows an answer: its first control token is learned, and stops generation
+    control: tuple[str, ...] = ()  # the tokens of the vocabulary that stand in these texts
+
+    begins_itself = False  # whether it writes the beginning-of-text token, where the tokenizer has one
+
+    def bound(self, tokenizer: Any) -> "Template":
+        """Return the template for this tokenizer; TemplateError if that lacks a control token it needs."""
+        known = tokenizer.get_added_vocab()
+        for token in self.control:
+            if token not in known:
+                raise TemplateError(
+                    f"template {self.name}: the tokenizer has no token {token}, so answers would have no end; "
+                    "use vicuna, or chat if the model brings a chat template"
+                )
+        return self
+
+    def check(self, conversation: Conversation) -> None:
+        """Raise TemplateError for a conversation that has no place in this template."""
+        where = f"{conversation.where}: " if conversation.where else ""
+        others = "vicuna, chatml or chat"
+        if len(conversation.users) > 1 and not self.turn:
+            turns = len(conversation.users)
+            raise TemplateError(f"{where}{turns} turns, and the template {self.name} takes one; use {others}")
+        if conversation.system and not self.system:
+            raise TemplateError(f"{where}a system message, and the template {self.name} has none; use {others}")
+        if conversation.is_document and self.name != "plain":
+            raise TemplateError(f"{where}a text without a prompt, which only the template plain takes")
+
+    def prompt(self, conversation: Conversation) -> list[Run]:
+        """Return what generation is fed: everything before the answer to the last user message."""
+        return joined(self._before(conversation, len(conversation.users) - 1))
+
+    def render(self, conversation: Conversation, last_only: bool = False) -> list[Run]:
+        """Return the runs of a training row: prompt, answer, end, prompt, ...; `last_only` learns the last answer."""
+        return joined(self._all(conversation, last_only))
+
+    def _all(self, conversation: Conversation, last_only: bool) -> Iterator[Run]:
+        answers = conversation.answers
+        for number in range(len(answers)):
+            last = number == len(answers) - 1
+            yield from self._prompt_of(conversation, number)
+            yield from self._answer(answers[number], learned=last or not last_only, ends=last)
+
+    def _before(self, conversation: Conversation, number: int) -> Iterator[Run]:
+        """Yield the runs before answer `number`: those of the turns before it, none of them learned, and its prompt."""
+        for earlier in range(number):
+            yield from self._prompt_of(conversation, earlier)
+            yield from self._answer(conversation.answers[earlier], learned=False, ends=False)
+        yield from self._prompt_of(conversation, number)
+
+    def _prompt_of(self, conversation: Conversation, number: int) -> Iterator[Run]:
+        if conversation.is_document:
+            return
+        message = conversation.users[number]
+        values = {"instruction": message.text, "input": message.input}
+        if number:
+            values["instruction"] = f"{message.text}\n\n{message.input}" if message.input else message.text
+            yield from self._fill(self.turn, values)
+            return
+        if system := conversation.system or self.default_system:
+            yield from self._fill(self.system, {"system": system})
+        yield from self._fill(self.prompt_input if message.input else self.prompt_no_input, values)
+
+    def _answer(self, text: str, learned: bool, ends: bool) -> Iterator[Run]:
+        """Yield an answer and its end token. What the template puts behind that belongs to the next prompt."""
+        yield from self._fill(self.answer, {"output": text}, learned)
+        for run in self._fill(self.end, {}, learned):
+            yield run if learned else Run(run.text, False, run.control)
+            learned &= not run.control
+            if run.control and ends:
+                return
+
+    def _fill(self, form: str, values: dict[str, str], learned: bool = False) -> Iterator[Run]:
+        """Yield a form with its placeholders filled, in one pass: braces typed by a user, `{input}` too, stay text."""
+        for kind, piece in _pieces(form, self.control):
+            yield Run(values[piece] if kind == "placeholder" else piece, learned, control=kind == "control")
+
+    @property
+    def stop(self) -> str:
+        """Return the control token that ends an answer, `EOS` for the tokenizer's own end token."""
+        return next(piece for kind, piece in _pieces(self.end, self.control) if kind == "control")
+
+    @property
+    def is_upstreams(self) -> bool:
+        """Return whether alpaca-lora could make these prompts, so that its adapters fit."""
+        return self.to_json().keys() <= {"name", "description", *REQUIRED} and self.response_split != ""
+
+    @property
+    def tail(self) -> str:
+        """Return the text of a prompt that stands right before the answer and is the same in every row."""
+        kind, piece = _pieces(self.prompt_no_input, self.control)[-1]
+        return piece if kind == "text" else ""
+
+    def response(self, text: str) -> str:
+        """Return the answer in generated text, which holds new tokens only; nothing is searched for or split."""
+        return text.strip()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `from_json` reads: the keys that are not left at their defaults."""
+        found = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, (value, default) in found.items()
+            if value != default
+        }
+
+    def digest(self) -> str:
+        """Return a sha256 of everything that shapes a prompt; name and description do not."""
+        shape = {key: value for key, value in self.to_json().items() if key not in ("name", "description")}
+        return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()
+
+    @classmethod
+    def from_json(cls, given: dict[str, Any], name: str, where: str) -> "Template":
+        """Return the template that a JSON object describes; TemplateError names the key that is amiss."""
+        keys = [field.name for field in fields(cls)]
+        for key in given.keys() - set(keys):
+            near = difflib.get_close_matches(key, keys, n=1)
+            raise TemplateError(
+                f"{where}: unknown key {key}; " + (f"did you mean {near[0]}?" if near else f"keys: {keys}")
+            )
+        for key in REQUIRED:
+            if key not in given:
+                raise TemplateError(f"{where}: the key {key} is missing")
+        control = given.get("control", [])
+        if not isinstance(control, list) or not all(isinstance(token, str) and token for token in control):
+            raise TemplateError(f"{where}: the key control is not a list of tokens")
+        for key, value in given.items():
+            if key != "control" and not isinstance(value, str):
+                raise TemplateError(f"{where}: the key {key} is not a text")
+        template = cls(**{"name": name} | given | {"control": tuple(control)})
+        template._check_forms(where)
+        return template
+
+    def _check_forms(self, where: str) -> None:
+        for key, allowed in PLACEHOLDERS.items():
+            if key in REQUIRED or getattr(self, key):
+                _check_placeholders(getattr(self, key), key, allowed, where)
+        for key in ("prompt_input", "prompt_no_input"):
+            if self.response_split not in getattr(self, key):
+                raise TemplateError(f"{where}: response_split {self.response_split!r} does not occur in {key}")
+        if not any(kind == "control" for kind, _ in _pieces(self.end, self.control)):
+            raise TemplateError(f"{where}: end has no {EOS} and no control token; answers would not stop")
+        if self.default_system and not self.system:
+            raise TemplateError(f"{where}: default_system needs the key system, which says where it stands")
+
+
+@lru_cache(maxsize=64)
+def _pieces(form: str, control: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Return a form as (kind, text): text as it stands, names of placeholders, and control tokens."""
+    tokens = "|".join(map(re.escape, sorted((*control, EOS), key=len, reverse=True)))
+    pieces = []
+    for piece in re.split(rf"({tokens}|\{{(?:instruction|input|system|output)\}})", form):
+        if piece in control or piece == EOS:
+            pieces.append(("control", piece))
+        elif re.fullmatch(r"\{(instruction|input|system|output)\}", piece):
+            pieces.append(("placeholder", piece[1:-1]))
+        elif piece:
+            pieces.append(("text", piece))
+    return pieces
+
+
+def _check_placeholders(form: str, key: str, allowed: tuple[str, ...], where: str) -> None:
+    """Refuse a form that lacks a placeholder, or has a misspelt one that would reach the model as text."""
+    for needed in allowed:
+        if "{" + needed + "}" not in form:
+            raise TemplateError(f"{where}: {key} has no {{{needed}}}")
+    names = sorted({name for names in PLACEHOLDERS.values() for name in names})
+    for braces in _BRACES.findall(form):
+        word = braces[1:-1]
+        meant = difflib.get_close_matches(re.split(r"\W", word)[0], names, n=1)
+        if braces != EOS and word not in allowed and meant:
+            stand = ", ".join((*allowed, "eos"))
+            raise TemplateError(f"{where}: {key} has {braces}; only {stand} can stand in braces")

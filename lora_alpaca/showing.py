@@ -1,0 +1,150 @@
+"""Rows as training sees them: every token, learned or not, in the terminal's colours or on a web page of its own."""
+
+import html
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+
+from lora_alpaca import folders, models
+from lora_alpaca.common_options import DEMO
+from lora_alpaca.config import ShowConfig
+from lora_alpaca.data import Rows
+from lora_alpaca.encoding import Encoded, Encoder
+from lora_alpaca.errors import ConfigError, FolderError
+from lora_alpaca.prompts import Conversation, fitting_template, load_template
+
+ROWS_ON_A_PAGE = 100
+_MARK = "<!-- lora-alpaca show -->"
+_LEARNED, _SEEN, _CUT, _PLAIN = "\033[30;42m", "\033[2m", "\033[9;31m", "\033[0m"
+Token = tuple[str, str]  # text as it stands in the row, and learned, seen or cut
+
+
+def show(config: ShowConfig) -> None:
+    """Print the rows that a config names, or write them to a page. Raises what training on them would raise."""
+    template = load_template(config.prompt_template_name) if config.prompt_template_name else None
+    target = None if config.html is None else _target(Path(config.html).expanduser())
+    rows = Rows(config.data_path or DEMO, config.columns, config.skip_bad_rows)
+    numbers = _numbers(config.row, len(rows)) if config.said("row") or target is None else range(1, ROWS_ON_A_PAGE + 1)
+    base = models.locate_base(config.base_model or DEMO, config.revision, config.trust_remote_code)
+    tokenizer = models.load_tokenizer(base)
+    template = (template or fitting_template(rows.formats, tokenizer)).bound(tokenizer)
+    encoder = Encoder(
+        tokenizer, template, config.cutoff_len, config.train_on_inputs, config.add_eos_token, config.train_on
+    )
+    chosen = [row for number, row in enumerate(rows, start=1) if number in set(numbers)]
+    for row in chosen:
+        template.check(row)
+    pairs = list(zip(chosen, encoder.encode(chosen), strict=True))
+    title = f"{config.data_path or DEMO}, template {template.name}, tokenizer of {base.name}"
+    if target is None:
+        coloured = "NO_COLOR" not in os.environ and (sys.stdout.isatty() or "FORCE_COLOR" in os.environ)
+        print(*(_in_terminal(row, encoded, encoder, coloured) for row, encoded in pairs), sep="\n\n")
+        return
+    folders.write_bytes(target, page(title, pairs, encoder).encode())
+    print(f"{len(pairs)} rows written to {target}")
+
+
+def _numbers(said: Sequence[str], rows: int) -> list[int]:
+    for number in said:
+        if not number.isdecimal() or not 1 <= int(number) <= rows:
+            raise ConfigError(f"--row {number}: the rows have the numbers 1 to {rows}")
+    return [int(number) for number in said]
+
+
+def _target(path: Path) -> Path:
+    """Return the path of a page, having made sure that nothing but an earlier page of ours is written over."""
+    if path.is_dir() or (path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace")[:500]):
+        raise FolderError(f"--html {path}: there is something else under this name; choose another")
+    if not path.parent.is_dir():
+        raise FolderError(f"--html {path}: the folder {path.parent} does not exist")
+    return path
+
+
+def tokens(encoded: Encoded, encoder: Encoder) -> list[Token]:
+    """Return the tokens of a row as (text, learned | seen | cut). The texts joined are the row as it is decoded."""
+    kept = encoded.cut(encoder.cutoff_len) if len(encoded.ids) > encoder.cutoff_len else encoded
+    kinds = ["learned" if learned else "seen" for learned in kept.mask()]
+    kinds += ["cut"] * (len(encoded.ids) - len(kinds))
+    return list(zip(encoder.text.pieces(encoded.ids), kinds, strict=True))
+
+
+def _summary(encoded: Encoded, encoder: Encoder) -> str:
+    kept = encoded.cut(encoder.cutoff_len)
+    learned = sum(kept.mask())
+    lost = len(encoded.ids) - len(kept.ids)
+    cut = f", {lost} cut off at --cutoff_len {encoder.cutoff_len}" if lost else ""
+    if kept.scored() <= 0:
+        cut += "; nothing is left to learn, the row is dropped"
+    return f"{len(kept.ids)} tokens, {learned} of them learned{cut}"
+
+
+# ---------------------------------------------------------------------------------------------------------- terminal
+
+
+def _in_terminal(row: Conversation, encoded: Encoded, encoder: Encoder, coloured: bool) -> str:
+    """Return a row for the terminal: learned tokens on green, what is cut struck out; without colours, in brackets."""
+    found = tokens(encoded, encoder)
+    if coloured:
+        colours = {"learned": _LEARNED, "seen": _SEEN, "cut": _CUT}
+        body = "".join(_lines_coloured(text, colours[kind]) for text, kind in _alternating(found))
+        legend = f"{_LEARNED}learned{_PLAIN} {_SEEN}seen{_PLAIN} {_CUT}cut{_PLAIN}"
+    else:
+        brackets = {"learned": ("\u27e6", "\u27e7"), "seen": ("", ""), "cut": ("\u27e8", "\u27e9")}
+        parts = groupby(found, key=lambda token: token[1])
+        body = ""
+        for kind, group in parts:
+            between = "|" if kind == "learned" else ""
+            body += brackets[kind][0] + between.join(text for text, _ in group) + brackets[kind][1]
+        legend = "\u27e6learned|token|by|token\u27e7 seen \u27e8cut\u27e9"
+    return f"{row.where}: {_summary(encoded, encoder)}   {legend}\n{body}"
+
+
+def _alternating(found: Sequence[Token]) -> Iterator[Token]:
+    """Yield learned tokens one by one, so that their borders can be seen, and others in stretches."""
+    for kind, group in groupby(found, key=lambda token: token[1]):
+        texts = [text for text, _ in group]
+        yield from [(text, kind) for text in texts] if kind == "learned" else [("".join(texts), kind)]
+
+
+def _lines_coloured(text: str, colour: str) -> str:
+    """Return a text in a colour that ends with every line, so that a terminal does not paint to its edge."""
+    return "\n".join(f"{colour}{line}{_PLAIN}" if line else "" for line in text.replace("\r", "\u240d").split("\n"))
+
+
+# -------------------------------------------------------------------------------------------------------------- page
+
+_STYLE = """
+body { font: 15px/1.6 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1c2024;
+       background: #fff }
+h1 { font-size: 1.2rem } h2 { font-size: .95rem; margin: 2rem 0 .4rem } small { color: #60646c; font-weight: 400 }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; padding: .8rem 1rem; border: 1px solid #d9d9e0;
+      border-radius: .4rem; margin: 0 }
+.learned { background: #c4e8d1; border-radius: .15rem; box-shadow: inset -1px 0 #fff }
+.seen { color: #60646c } .cut { color: #ce2c31; text-decoration: line-through }
+@media (prefers-color-scheme: dark) {
+  body { background: #111113; color: #edeef0 } pre { border-color: #363a3f }
+  .learned { background: #20573e; box-shadow: inset -1px 0 #111113 }
+  .seen, small { color: #b0b4ba } .cut { color: #ff9592 }
+}
+"""
+
+
+def page(title: str, rows: Sequence[tuple[Conversation, Encoded]], encoder: Encoder) -> str:
+    """Return a web page of rows that needs nothing but itself; whatever the rows contain is text on it."""
+    sections = []
+    for row, encoded in rows:
+        spans = "".join(
+            f'<span class="{kind}">{html.escape(text)}</span>' for text, kind in _alternating(tokens(encoded, encoder))
+        )
+        where = html.escape(row.where)
+        sections.append(f"<h2>{where} <small>{_summary(encoded, encoder)}</small></h2>\n<pre>{spans}</pre>")
+    legend = '<span class="learned">learned</span> <span class="seen">seen</span> <span class="cut">cut off</span>'
+    return (
+        f'<!doctype html>{_MARK}\n<html lang="en"><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{html.escape(title)}</title>\n'
+        f"<style>{_STYLE}</style>\n<h1>{html.escape(title)}</h1>\n<p>{legend}</p>\n"
+        + "\n".join(sections)
+        + "\n</html>\n"
+    )

@@ -1,0 +1,190 @@
+"""Text to token ids with a transformers tokenizer, according to what the text follows.
+
+A text that begins a row gets the dummy space of SentencePiece, one that goes on does not; after a control token the
+tokenizer's own habit decides. Control strings typed by a user (`</s>`) are always encoded as the text they are.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any, Literal
+
+from lora_alpaca.prompts import EOS, Run
+
+Place = Literal["first", "after_token", "continuation"]
+
+
+class TextEncoder:
+    """Texts and control tokens to ids. `bos` are the ids that the tokenizer puts before every text."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self.eos_id: int | None = tokenizer.eos_token_id
+        self.bos: list[int] = [i for i in tokenizer("")["input_ids"] if i == tokenizer.bos_token_id][:1]
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._first = None if backend is None else _plain(json.loads(backend.to_str()))
+        self._continuation = None if backend is None else _plain(_without_dummy_prefix(json.loads(backend.to_str())))
+
+    def encode(self, texts: Sequence[str], place: Place) -> list[list[int]]:
+        """Return the ids of texts that all stand in one kind of place; neither begun nor ended by control tokens."""
+        if place == "after_token":
+            place = self._after_token
+        backend = self._first if place == "first" else self._continuation
+        if backend is not None:
+            return [found.ids for found in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        if place == "first":
+            return [self._slow(text) for text in texts]
+        anchor = self._slow("\n")  # a tokenizer in Python cannot be told; it is shown a text that goes on instead
+        return [self._slow("\n" + text)[len(anchor) :] for text in texts]
+
+    def token_id(self, control: str) -> int:
+        """Return the id of a control token by its name; `EOS` is the end token."""
+        number: int = self.eos_id if control == EOS else self._tokenizer.convert_tokens_to_ids(control)  # type: ignore[assignment]
+        return number
+
+    def runs(self, rows: Sequence[Sequence[Run]], begins_itself: bool = False) -> list[list[list[int]]]:
+        """Return the ids of every run of every row; those of the first run begin with the beginning-of-text token."""
+        texts: dict[Place, list[str]] = {"first": [], "after_token": [], "continuation": []}
+        places = [_places(runs, self._swallows) for runs in rows]
+        for row in places:
+            for place, text in row:
+                if place != "control":
+                    texts[place].append(text)
+        encoded = {place: iter(self.encode(found, place)) for place, found in texts.items()}
+        bos = [] if begins_itself else self.bos
+        ids = [
+            [[self.token_id(text)] if place == "control" else next(encoded[place]) for place, text in row]
+            for row in places
+        ]
+        return [[bos + row[0], *row[1:]] if row else [] for row in ids]
+
+    def prompt(self, runs: Sequence[Run], begins_itself: bool = False) -> list[int]:
+        """Return the ids that generation is fed."""
+        return [token for ids in self.runs([runs], begins_itself)[0] for token in ids] or list(self.bos)
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Return the text of every token, control tokens by name; joined, they are the decoded row.
+
+        A token that holds part of a character has an empty text, and the last part the character.
+        """
+        pieces: list[str] = []
+        before = done = 0  # the window to decode begins one piece before what is done, since the first may lose a space
+        for number in range(len(ids)):
+            shown, now = self._decoded(ids[before:done]), self._decoded(ids[before : number + 1])
+            ready = len(now) > len(shown) and not now.endswith("\ufffd")
+            pieces.append(now[len(shown) :] if ready else "")
+            if ready:
+                before, done = done, number + 1
+        if pieces and done < len(ids):  # half a character at the very end
+            pieces[-1] = self._decoded(ids[before:])[len(self._decoded(ids[before:done])) :]
+        return pieces
+
+    def _decoded(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)) if ids else ""
+
+    @cached_property
+    def control_tokens(self) -> dict[str, int]:
+        """Return the control tokens by name: those that a text must not turn into."""
+        return {
+            token.content: number for number, token in self._tokenizer.added_tokens_decoder.items() if token.special
+        }
+
+    @cached_property
+    def control_pattern(self) -> re.Pattern[str]:
+        """Return a pattern that finds control tokens typed in a text."""
+        longest_first = sorted(self.control_tokens, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+    @cached_property
+    def _swallows(self) -> dict[str, tuple[bool, bool]]:
+        """Return for control tokens that take the white space before or after them along: (before, after)."""
+        tokens = self._tokenizer.added_tokens_decoder.values()
+        return {token.content: (token.lstrip, token.rstrip) for token in tokens if token.lstrip or token.rstrip}
+
+    @cached_property
+    def _after_token(self) -> Place:
+        """Return whether a text behind a control token is encoded like a first one, found out by trying."""
+        for token, number in self.control_tokens.items():
+            ids = self._tokenizer(token + "a", add_special_tokens=False)["input_ids"]
+            if ids and ids[0] == number and not any(self._swallows.get(token, ())):
+                return "first" if ids[1:] != self.encode(["a"], "continuation")[0] else "continuation"
+        return "continuation"
+
+    def _slow(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+
+def _places(runs: Sequence[Run], swallows: dict[str, tuple[bool, bool]]) -> list[tuple[Any, str]]:
+    """Return (place, text) of every run; `control` is the place of a control token."""
+    places: list[tuple[Any, str]] = []
+    after_token = False
+    for number, run in enumerate(runs):
+        if run.control:
+            places.append(("control", run.text))
+            after_token = True
+            continue
+        text = run.text
+        if swallows and not run.learned:  # an answer is kept as it is
+            if after_token and swallows.get(runs[number - 1].text, (False, False))[1]:
+                text = text.lstrip()
+            if number + 1 < len(runs) and swallows.get(runs[number + 1].text, (False, False))[0]:
+                text = text.rstrip()
+        places.append(("first" if not number else "after_token" if after_token else "continuation", text))
+        after_token = after_token and not text
+    return places
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """Return a sha256 of what turns text into ids: vocabulary, added tokens, merges and normalisation."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = json.loads(backend.to_str()) if backend is not None else {"vocabulary": tokenizer.get_vocab()}
+    for passing in ("truncation", "padding", "version"):
+        state.pop(passing, None)
+    ends = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer("")["input_ids"]]
+    return hashlib.sha256(json.dumps([state, ends], sort_keys=True).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def all_cores() -> Iterator[None]:
+    """Let the tokenizer use every core in this context; outside of it, it must not, since processes may be forked."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    try:
+        yield
+    finally:
+        os.environ["TOKENIZERS_PARALLELISM"] = before or "false"
+
+
+def _plain(state: dict[str, Any]) -> Any:
+    """Return a `tokenizers.Tokenizer` from its JSON, which reads control strings in a text as text."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(json.dumps(state))
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _without_dummy_prefix(state: Any) -> Any:
+    """Return the JSON of a tokenizer with the parts switched off that put a space before every text."""
+    if isinstance(state, list):
+        return [_without_dummy_prefix(part) for part in state if not _is_prepend(part)]
+    if not isinstance(state, dict):
+        return state
+    state = {key: value if key == "model" else _without_dummy_prefix(value) for key, value in state.items()}
+    if state.get("type") == "Metaspace":
+        state["prepend_scheme"] = "never"
+    if state.get("type") == "ByteLevel":
+        state["add_prefix_space"] = False
+    if _is_prepend(state.get("normalizer")):
+        state["normalizer"] = None
+    return state
+
+
+def _is_prepend(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "Prepend"
