@@ -78,7 +78,7 @@ class Contract:
         template = self.template.bound(tokenizer)
         now = _golden(tokenizer, template)
         for before, after in zip(self.content["golden"], now, strict=False):
-            self._check_row(before, after, tokenizer)
+            self._check_row(before, after)
         if len(now) != len(self.content["golden"]):
             raise ContractError(f"{self.where}: the template takes other conversations than in training")
         if template.digest() != self.content["template_sha256"]:
@@ -98,18 +98,18 @@ class Contract:
                         f"{_named(was)} in training; {_WAY_OUT}"
                     )
 
-    def _check_row(self, before: dict[str, Any], after: dict[str, Any], tokenizer: Any) -> None:
-        if before == after:
-            return
-        old, new = before["tokens"], after["tokens"]
+    def _check_row(self, before: dict[str, Any], after: dict[str, Any]) -> None:
+        """Raise ContractError at the first token of a golden row that is another one, or for another label."""
+        old, new = (list(zip(row["tokens"], row["ids"], strict=True)) for row in (before, after))
         place = next((n for n, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
-        if old == new:
-            different = [key for key in before if before[key] != after.get(key)]
-            raise ContractError(f"{self.where}: a golden row has other {' and '.join(different)} than in training")
-        raise ContractError(
-            f"{self.where}: token {place + 1} of a golden prompt is {_token(new, place)}, and was {_token(old, place)} "
-            f"in training, after {before['text'][:24]!r}...; {_WAY_OUT}"
-        )
+        if old != new:
+            raise ContractError(
+                f"{self.where}: token {place + 1} of a golden prompt is {_token(new, place)}, and was "
+                f"{_token(old, place)} in training, after {before['text'][:24]!r}...; {_WAY_OUT}"
+            )
+        different = [key for key in before if before[key] != after.get(key)]
+        if different:
+            raise ContractError(f"{self.where}: a golden row has another {' and '.join(different)} than in training")
 
 
 _WAY_OUT = "use the tokenizer and template of this folder unchanged, or train anew"
@@ -214,8 +214,8 @@ def _named(token: int | str | None) -> str:
     return "missing" if token is None else f"id {token}" if isinstance(token, int) else token
 
 
-def _token(tokens: list[str], place: int) -> str:
-    return repr(tokens[place]) if place < len(tokens) else "missing"
+def _token(tokens: list[tuple[str, int]], place: int) -> str:
+    return f"{tokens[place][0]!r} (id {tokens[place][1]})" if place < len(tokens) else "missing"
 
 
 def _sha256(value: Any) -> str:

@@ -173,8 +173,7 @@ class _one_line:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (OSError, ValueError, SafetensorError, ImportError, KeyError)) and not isinstance(
-            error, ModelError
-        ):
+        expected = isinstance(error, (OSError, ValueError, SafetensorError, ImportError, KeyError))
+        if (expected or type(error) is Exception) and not isinstance(error, ModelError):  # tokenizers raises the latter
             first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise ModelError(f"{self.what}: {first.strip()}") from error

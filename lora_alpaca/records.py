@@ -133,7 +133,7 @@ def read_origin(folder: Path) -> Origin:
     record = folders.read_record(folder)
     if not record:
         settings = folders.read_json(folder / adapters.SETTINGS)
-        return Origin(settings.get("base_model_name_or_path") or "", settings.get("revision"), None)
+        return Origin(settings.get("base_model_name_or_path") or "", settings.get("revision"), contracts.read(folder))
     if record["status"] != "finished":
         raise AdapterError(
             f"{folder}: this run was never finished; go on with it: python finetune.py --resume --output_dir {folder}"

@@ -4,7 +4,7 @@ import html
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import cycle, groupby
 from pathlib import Path
 
 from lora_alpaca import folders, models
@@ -17,7 +17,7 @@ from lora_alpaca.prompts import Conversation, fitting_template, load_template
 
 ROWS_ON_A_PAGE = 100
 _MARK = "<!-- lora-alpaca show -->"
-_LEARNED, _SEEN, _CUT, _PLAIN = "\033[30;42m", "\033[2m", "\033[9;31m", "\033[0m"
+_LEARNED, _SEEN, _CUT, _PLAIN = ("\033[30;42m", "\033[30;102m"), "\033[2m", "\033[9;31m", "\033[0m"  # two greens
 Token = tuple[str, str]  # text as it stands in the row, and learned, seen or cut
 
 
@@ -87,9 +87,10 @@ def _in_terminal(row: Conversation, encoded: Encoded, encoder: Encoder, coloured
     """Return a row for the terminal: learned tokens on green, what is cut struck out; without colours, in brackets."""
     found = tokens(encoded, encoder)
     if coloured:
-        colours = {"learned": _LEARNED, "seen": _SEEN, "cut": _CUT}
-        body = "".join(_lines_coloured(text, colours[kind]) for text, kind in _alternating(found))
-        legend = f"{_LEARNED}learned{_PLAIN} {_SEEN}seen{_PLAIN} {_CUT}cut{_PLAIN}"
+        greens = cycle(_LEARNED)
+        colours = {"seen": _SEEN, "cut": _CUT}
+        body = "".join(_lines_coloured(text, colours.get(kind) or next(greens)) for text, kind in _alternating(found))
+        legend = f"{_LEARNED[0]}learned{_PLAIN} {_SEEN}seen{_PLAIN} {_CUT}cut{_PLAIN}"
     else:
         brackets = {"learned": ("\u27e6", "\u27e7"), "seen": ("", ""), "cut": ("\u27e8", "\u27e9")}
         parts = groupby(found, key=lambda token: token[1])

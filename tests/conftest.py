@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,7 @@ WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 # Before any library is imported, and for every process that a test starts.
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
+    "XDG_CACHE_HOME": tempfile.mkdtemp(prefix="lora-alpaca-tests-"),  # prepared rows; nothing of the user's own
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "GRADIO_ANALYTICS_ENABLED": "False",
     "WANDB_MODE": "offline",
@@ -66,15 +68,20 @@ def rows() -> list[Conversation]:
             (f"Use {opposite} in a sentence.", "", f"The day was {opposite}, not {word}."),
         ]
     pairs += [("Add the numbers.", f"{a} + {b}", str(a + b)) for a in (2, 13, 45) for b in (7, 18, 31, 50)]
-    return [Conversation(*pair, where=f"rows:{number}") for number, pair in enumerate(pairs, start=1)]
+    return [Conversation.of(*pair, where=f"rows:{number}") for number, pair in enumerate(pairs, start=1)]
+
+
+def as_row(conversation: Conversation) -> dict[str, str]:
+    """Return a conversation of one turn as a row in Alpaca's format."""
+    question = conversation.question
+    return {"instruction": question.text, "input": question.input, "output": conversation.answers[0]}
 
 
 @pytest.fixture
 def data_path(rows: list[Conversation], tmp_path: Path) -> Path:
     """Return a JSON file of the rows."""
     path = tmp_path / "rows.json"
-    fields = ("instruction", "input", "output")
-    path.write_text(json.dumps([{key: getattr(row, key) for key in fields} for row in rows]), encoding="utf-8")
+    path.write_text(json.dumps([as_row(row) for row in rows]), encoding="utf-8")
     return path
 
 
@@ -106,7 +113,7 @@ def tiny_model(rows: list[Conversation], tmp_path_factory: pytest.TempPathFactor
     Each is made once, with seed 0: two layers, 64 wide, 512 positions. To be read, not written to.
     """
     alpaca = load_template("alpaca")
-    texts = [text for row in rows for text in (alpaca.prompt(row.instruction, row.input), row.output)]
+    texts = [run.text for row in rows for run in alpaca.render(row) if not run.control]
 
     @cache
     def make(architecture: str) -> Path:

@@ -7,7 +7,7 @@ import pytest
 import lora_alpaca
 
 NAMES = """
-    AdapterError CheckpointError ConfigError DataError ExportConfig ExportError FinetuneConfig FolderError
+    AdapterError CheckpointError ConfigError ContractError DataError ExportConfig ExportError FinetuneConfig FolderError
     GenerateConfig Generator LoraAlpacaError ModelError Run Template TemplateError TrainingError __version__
     export_hf finetune load_template
 """
@@ -15,15 +15,15 @@ NAMES = """
 MODEL = "base_model revision trust_remote_code device dtype"
 FLAGS = {
     "finetune.py": f"""
-        {MODEL} load_4bit load_8bit data_path output_dir prompt_template_name cutoff_len val_set_size
-        train_on_inputs add_eos_token batch_size micro_batch_size num_epochs max_steps learning_rate lr_scheduler
+        {MODEL} load_4bit load_8bit data_path columns skip_bad_rows output_dir prompt_template_name cutoff_len overlong
+        val_set_size max_truncated max_dropped max_duplicates cache_dir train_on_inputs train_on add_eos_token batch_size micro_batch_size num_epochs max_steps learning_rate lr_scheduler
         warmup_steps weight_decay max_grad_norm group_by_length gradient_checkpointing seed lora_r lora_alpha
         lora_dropout lora_target_modules use_rslora use_dora init_adapter eval_steps save_steps logging_steps
         save_total_limit early_stopping_patience resume resume_from_checkpoint overwrite report_to wandb_project
         wandb_run_name wandb_watch wandb_log_model
     """,
     "generate.py": f"""
-        {MODEL} load_4bit load_8bit lora_weights prompt_template instruction input chat server_name server_port
+        {MODEL} load_4bit load_8bit lora_weights prompt_template instruction input system chat server_name server_port
         share_gradio temperature top_p top_k num_beams max_new_tokens seed
     """,
     "export_hf_checkpoint.py": f"{MODEL} lora_weights output_dir prompt_template overwrite",

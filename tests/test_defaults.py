@@ -113,7 +113,7 @@ def test_three_rows_are_enough(tmp_path):
     (tmp_path / "three.json").write_text(json.dumps(rows))
     result = run("finetune", "--data_path", "three.json", "--max_steps", "2")
     assert result.code == 0, result.err
-    assert "0 rows held out" in result.out
+    assert "3 to train on, 0 held out" in result.out
     assert "warning: 3 rows are fewer than --batch_size 16" in result.out
 
 
@@ -260,7 +260,8 @@ def test_base_model_from_the_environment(train, tiny_llama, monkeypatch):
 
 def test_without_a_recorded_template_it_must_be_named(train, tiny_llama):
     train()
-    models.Path("lora-alpaca/lora_alpaca.json").unlink()  # what plain PEFT would have left
+    for name in ("lora_alpaca.json", "prompt_contract.json"):  # what plain PEFT would have left
+        models.Path("lora-alpaca", name).unlink()
     for verb in ("generate", "export"):
         result = run(verb, *(ASK if verb == "generate" else []))
         assert result.code == 2
@@ -287,7 +288,7 @@ def test_no_end_token_is_warned_about(train):
 
 
 def test_val_set_size_is_at_most_a_tenth():
-    assert len(data.split(list(range(990)), None, 42)[1]) == 99
+    assert len(data.held_out(990, None, 42)) == 99
 
 
 def test_the_optimizer():

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from conftest import as_row
 from safetensors.torch import load_file, save_file
 
 from lora_alpaca import ExportConfig, FinetuneConfig, adapters, export_hf, finetune, folders
@@ -13,7 +14,7 @@ def adapter(tiny_llama, rows, tmp_path_factory):
     """Return the folder of an adapter trained for a few steps."""
     folder = tmp_path_factory.mktemp("export")
     path = folder / "rows.json"
-    path.write_text(json.dumps([{"instruction": r.instruction, "input": r.input, "output": r.output} for r in rows]))
+    path.write_text(json.dumps([as_row(conversation) for conversation in rows]))
     config = FinetuneConfig(
         base_model=str(tiny_llama), data_path=str(path), output_dir=str(folder / "adapter"), batch_size=4, max_steps=8,
         val_set_size=4, learning_rate=2e-2, cutoff_len=128, load_8bit=False, dtype="fp32", device="cpu",
@@ -50,7 +51,9 @@ def test_the_merged_folder_has_tokenizer_template_and_stop_ids(adapter, tmp_path
     """Upstream saves neither tokenizer nor template."""
     merged = export(adapter, tmp_path)
     record = folders.read_record(merged)
-    assert record["template"]["prompt_input"].endswith("### Response:\n")
+    contract = json.loads((merged / "prompt_contract.json").read_text())
+    assert contract == json.loads((adapter / "prompt_contract.json").read_text())
+    assert contract["template"]["prompt_input"].endswith("### Response:\n")
     assert record["stop_ids"] == [2]
     assert json.loads((merged / "generation_config.json").read_text())["eos_token_id"] in (2, [2])
     assert (merged / "tokenizer.json").is_file()

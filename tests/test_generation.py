@@ -101,7 +101,7 @@ def test_a_prompt_longer_than_the_model_is_refused(generator):
 
 def test_the_answer_ends_where_the_model_does(generator, monkeypatch):
     long = "word " * 60
-    length = len(generator._encoder.beginning([generator.template.prompt(long)])[0])
+    length = len(generator.prompt_ids(long))
     assert length < 512
     outputs = []
     generate = generator._generate
@@ -119,8 +119,8 @@ def test_what_training_saw_is_what_generation_feeds(generator, monkeypatch):
         generator, "_generate", lambda ids, *rest: fed.append(ids[0].tolist()) or torch.tensor([[*ids[0].tolist(), 2]])
     )
     generator.reply("Say {input} and </s>.", "Ä 12")
-    rows = [Conversation("Say {input} and </s>.", "Ä 12", "Yes.")]
-    example = Encoder(generator.tokenizer, generator.template, 512).encode(rows)[0][0]
+    rows = [Conversation.of("Say {input} and </s>.", "Ä 12", "Yes.")]
+    example = Encoder(generator.tokenizer, generator.template, 512).encode(rows)[0].example()
     assert example.input_ids[: len(fed[0])] == fed[0]
     assert example.labels[len(fed[0]) - 1] == -100 != example.labels[len(fed[0])]
 

@@ -10,7 +10,8 @@ from transformers import AutoTokenizer
 
 from lora_alpaca import adapters, models
 from lora_alpaca.config import FinetuneConfig
-from lora_alpaca.encoding import Encoder, Example
+from lora_alpaca.encoding import Encoder
+from lora_alpaca.examples import Example
 from lora_alpaca.errors import TrainingError
 from lora_alpaca.prompts import load_template
 from lora_alpaca.ranks import Ranks
@@ -34,7 +35,7 @@ def gradients(folder, rows, micro_batch_size, **options):
     """Return the LoRA gradients of one step over all rows, with B not zero, as one vector, and the mean loss."""
     config = FinetuneConfig(**OPTIONS | options)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    examples, _ = Encoder(tokenizer, load_template("alpaca_short"), 128).encode(rows)
+    examples = [row.example() for row in Encoder(tokenizer, load_template("alpaca_short"), 128).encode(rows)]
     with Ranks(config) as ranks:
         model = with_adapter(folder, ranks.placement, **options)
         learner = Learner(model, ranks, micro_batch_size, pad_id=0, weight_decay=0.0, max_norm=0.0)
@@ -48,7 +49,7 @@ def reference(folder, rows):
     """Return the same from plain transformers and PEFT: one padded batch, mean loss over its labels."""
     config = FinetuneConfig(**OPTIONS)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    examples, _ = Encoder(tokenizer, load_template("alpaca_short"), 128).encode(rows)
+    examples = [row.example() for row in Encoder(tokenizer, load_template("alpaca_short"), 128).encode(rows)]
     model = with_adapter(folder, models.place(config)[0])
     longest = max(len(example.input_ids) for example in examples)
     filled = [[*e.input_ids, *[0] * (longest - len(e.input_ids))] for e in examples]
@@ -74,7 +75,7 @@ def test_two_ranks_give_the_gradient_of_one(tiny_llama, rows, tmp_path):
         textwrap.dedent(f"""
         import sys; sys.path[:0] = {sys.path!r}
         import torch
-        from lora_alpaca.prompts import Conversation
+        from lora_alpaca.prompts import Conversation, Message
         from test_step import gradients
         rows = {rows[:7]!r}
         found, loss = gradients({str(tiny_llama)!r}, rows, 2)
@@ -110,7 +111,7 @@ def test_a_loss_that_is_not_finite_moves_nothing(tiny_llama, rows):
 def test_the_validation_loss_does_not_depend_on_the_micro_batch(tiny_llama, rows):
     config = FinetuneConfig(**OPTIONS)
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    examples, _ = Encoder(tokenizer, load_template("alpaca_short"), 128).encode(rows[:9])
+    examples = [row.example() for row in Encoder(tokenizer, load_template("alpaca_short"), 128).encode(rows[:9])]
     with Ranks(config) as ranks:
         model = with_adapter(tiny_llama, ranks.placement)
         losses = [Learner(model, ranks, size, 0, 0.0, 1.0).evaluate(examples) for size in (1, 4, 9)]

@@ -140,8 +140,9 @@ def test_only_the_last_checkpoints_are_kept_and_nothing_else_is_removed(options,
 
 
 def test_the_best_adapter_is_kept(options, tmp_path):
+    """A rate that explodes makes the first steps the best ones."""
     run_ = finetune(
-        FinetuneConfig(**options | {"learning_rate": 1.0, "max_steps": 12, "eval_steps": 1, "lr_scheduler": "constant"})
+        FinetuneConfig(**options | {"learning_rate": 1.0, "max_steps": 12, "eval_steps": 1, "warmup_steps": 12})
     )
     losses = {entry["step"]: entry["validation_loss"] for entry in run_.history if "validation_loss" in entry}
     assert run_.best_step == min(losses, key=losses.get) < 12

@@ -81,7 +81,7 @@ def test_templates_are_found_from_the_wheel(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     names, package = templates_seen_from(tmp_path, search_path=tmp_path / "site")
     assert package == tmp_path / "site" / "lora_alpaca"
-    assert names == TEMPLATES
+    assert names == sorted([*TEMPLATES, "chat"])
 
 
 def test_templates_are_found_from_an_editable_installation(tmp_path):
@@ -95,13 +95,13 @@ def test_templates_are_found_from_an_editable_installation(tmp_path):
     [link] = site.glob("*.pth")
     names, package = templates_seen_from(tmp_path, search_path=Path(link.read_text().strip()))
     assert package == ROOT / "lora_alpaca"
-    assert names == TEMPLATES
+    assert names == sorted([*TEMPLATES, "chat"])
 
 
 def test_templates_are_found_from_the_clone(tmp_path):
     names, package = templates_seen_from(tmp_path, search_path=ROOT)
     assert package == ROOT / "lora_alpaca"
-    assert names == TEMPLATES
+    assert names == sorted([*TEMPLATES, "chat"])
 
 
 def test_the_pinned_set_is_within_the_ranges():
