@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format wheel clean
+.PHONY: help demo test stress check format wheel clean
 
 help:  ## say what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -20,6 +20,9 @@ demo: $(STAMP)  ## finetune the tiny model of the package, and show what it lear
 
 test: check  ## check the code and run every test
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+stress: $(STAMP)  ## the long form of the tests that draw their cases at random
+	STRESS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) tests/test_properties.py tests/test_fuzz.py
 
 check: $(STAMP)  ## lint, formatting and types
 	$(BIN)/ruff check

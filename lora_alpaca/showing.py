@@ -119,7 +119,7 @@ def _lines_coloured(text: str, colour: str) -> str:
 _STYLE = """
 body { font: 15px/1.6 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1c2024;
        background: #fff }
-h1 { font-size: 1.2rem } h2 { font-size: .95rem; margin: 2rem 0 .4rem } small { color: #60646c; font-weight: 400 }
+h1 { font-size: 1.2rem; overflow-wrap: anywhere } h2 { font-size: .95rem; margin: 2rem 0 .4rem } small { color: #60646c; font-weight: 400 }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; padding: .8rem 1rem; border: 1px solid #d9d9e0;
       border-radius: .4rem; margin: 0 }
 .learned { background: #c4e8d1; border-radius: .15rem; box-shadow: inset -1px 0 #fff }

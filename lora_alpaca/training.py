@@ -2,6 +2,7 @@
 
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,7 @@ def _prepare(
     )
     folder = preparation.cache_folder(config.cache_dir) if len(rows) >= preparation.CACHED_FROM else None
     key = preparation.cache_key(rows, encoder, config, held_out, fingerprint(tokenizer))
-    with ranks.first_here():
+    with ranks.first_here() if folder else nullcontext():
         found = preparation.cached(folder, key)
         if found:
             ranks.reporter.say(f"prepared rows found in {folder}")

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from command import run
 
 import lora_alpaca
 
@@ -29,6 +30,11 @@ FLAGS = {
     "export_hf_checkpoint.py": f"{MODEL} lora_weights output_dir prompt_template overwrite",
 }
 
+SHOW = """
+    data_path columns skip_bad_rows prompt_template_name cutoff_len overlong train_on_inputs train_on add_eos_token
+    base_model revision trust_remote_code row html
+"""
+
 
 def test_the_names_of_the_library():
     assert sorted(lora_alpaca.__all__) == sorted(NAMES.split())
@@ -49,3 +55,8 @@ def test_a_name_that_is_not_there():
 def test_the_flags_of_the_scripts(script, run_script, tmp_path):
     helped = run_script(script, "--help", cwd=tmp_path, check=True).stdout
     assert sorted(re.findall(r"^  --(\w+) ", helped, re.MULTILINE)) == sorted(FLAGS[script].split())
+
+
+def test_the_flags_of_show():
+    helped = run("show", "--help").out
+    assert sorted(re.findall(r"^  --(\w+) ", helped, re.MULTILINE)) == sorted(SHOW.split())

@@ -138,3 +138,57 @@ def test_chat_in_the_terminal(tiny_llama, tmp_path, monkeypatch):
     one = run("generate", "--instruction", "Where does the owl live?", *words).out
     two = run("generate", "--instruction", "And the bee?", *words).out
     assert result.out == one + two
+
+
+def test_chat_remembers_where_the_template_takes_turns(tiny_llama, tmp_path, monkeypatch):
+    import io
+
+    from command import run
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO("Where does the owl live?\nAnd the bee?\n"))
+    asked = []
+    stream = Generator.stream
+    monkeypatch.setattr(
+        Generator,
+        "stream",
+        lambda self, *words, history: asked.append(list(history)) or stream(self, *words, history=history),
+    )
+    words = ["--base_model", tiny_llama, "--prompt_template", "vicuna", "--max_new_tokens", 5, "--temperature", 0]
+    first, *_ = run("generate", "--chat", *words).out.splitlines()
+    assert asked[0] == []
+    assert [turn[0] for turn in asked[1]] == ["Where does the owl live?"]
+    assert asked[1][0][1].startswith(first)
+
+
+def test_history_and_system_message_are_encoded_as_training_has_them(tiny_llama):
+    from lora_alpaca.encoding import Encoder
+    from lora_alpaca.prompts import Conversation, Message, load_template
+
+    config = GenerateConfig(
+        base_model=str(tiny_llama),
+        lora_weights="none",
+        prompt_template="vicuna",
+        system="You are an owl.",
+        device="cpu",
+    )
+    generator = Generator.load(config)
+    messages = [
+        ("system", "You are an owl."),
+        ("user", "Hi."),
+        ("assistant", "Hoo."),
+        ("user", "And?"),
+        ("assistant", "Hoo!"),
+    ]
+    row = Conversation(tuple(Message(*message) for message in messages))
+    trained = Encoder(generator.tokenizer, load_template("vicuna"), 512).encode([row])[0].ids
+    fed = generator.prompt_ids("And?", history=[("Hi.", "Hoo.")])
+    assert trained[: len(fed)] == fed
+    assert len(fed) > len(generator.prompt_ids("And?"))
+
+
+def test_what_a_template_does_not_take_is_refused(generator):
+    from lora_alpaca.errors import TemplateError
+
+    with pytest.raises(TemplateError, match="2 turns, and the template alpaca takes one; use vicuna, chatml or chat"):
+        generator.reply("And the bee?", history=[("Where does the owl live?", "Here.")])
