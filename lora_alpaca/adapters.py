@@ -20,6 +20,7 @@ from lora_alpaca import folders
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.errors import AdapterError, ConfigError, ModelError
 from lora_alpaca.models import Base
+from lora_alpaca.options import user_path
 
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"  # the names that PEFT reads
 State = dict[str, torch.Tensor]
@@ -103,7 +104,7 @@ def settings(model: PeftModel) -> dict[str, Any]:
 
 def check_start(config: FinetuneConfig) -> None:
     """Raise AdapterError if --init_adapter holds no adapter, ConfigError if it is not of the shape that was said."""
-    folder = Path(config.init_adapter or "").expanduser()
+    folder = user_path(config.init_adapter or "")
     if not (folder / SETTINGS).is_file():
         raise AdapterError(f"--init_adapter {folder}: no adapter there ({SETTINGS} is missing)")
     saved = folders.read_json(folder / SETTINGS)

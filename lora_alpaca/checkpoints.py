@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from lora_alpaca import folders
 from lora_alpaca.adapters import SETTINGS, WEIGHTS, State
 from lora_alpaca.errors import CheckpointError, ConfigError
+from lora_alpaca.options import user_path
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -102,7 +103,7 @@ def newest(output_dir: Path) -> tuple[Path | None, list[str]]:
 
 def named(path: str) -> Path:
     """Return the folder named by --resume_from_checkpoint; ConfigError if it is missing or holds no checkpoint."""
-    folder = Path(path).expanduser()
+    folder = user_path(path)
     if not folder.is_dir():
         raise ConfigError(f"--resume_from_checkpoint {path}: no such folder")
     if not (folder / folders.CHECKPOINT_FILES).is_file():

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         _answer(words)
         sys.exit(0)
     except LoraAlpacaError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", *str(error).splitlines(), file=sys.stderr)  # one line, whatever stands in a file's name
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         again = "; --resume goes on from the last checkpoint" if words[:1] == ["finetune"] else ""

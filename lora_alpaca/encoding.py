@@ -66,7 +66,8 @@ class Encoder:
         self.train_on_inputs = train_on_inputs
         self.add_eos_token = add_eos_token
         self.last_only = train_on == "last"
-        self._seams: dict[str, bool] = {}
+        self._begin = 0 if template.begins_itself else len(self.text.bos)  # where the first run stands
+        self._seams: dict[tuple[str, str], bool] = {}
         if self.text.eos_id is None and add_eos_token:
             raise DataError("the tokenizer has no end token to learn; pass --add_eos_token False to go without")
 
@@ -91,12 +92,12 @@ class Encoder:
         ids: list[int] = []
         spans: list[Span] = []
         ends: list[int] = []
-        for run, part in zip(runs, parts, strict=True):
-            first = len(ids)
+        for run, part, following in zip(runs, parts, [*runs[1:], None], strict=True):
+            first = len(ids) or self._begin
             ids.extend(part)
             if not run.learned:
                 continue
-            if run.control:
+            if run.control and not (following and following.learned):
                 ends.append(first)
             if spans and spans[-1][1] == first:
                 first = spans.pop()[0]
@@ -116,12 +117,19 @@ class Encoder:
         template = self.template
         if not isinstance(template, Template) or not template.is_upstreams:
             return [False] * len(conversations)
-        tail = template.tail[-_WINDOW:]
-        beginnings = [conversation.answers[0][:_WINDOW] for conversation in conversations]
-        new = sorted(set(beginnings) - self._seams.keys())
-        joint, answers = self.text.encode([tail + text for text in new], "first"), self.text.encode(new, "continuation")
-        before = self.text.encode([tail], "first")[0]
-        found = {text: whole != before + part for text, whole, part in zip(new, joint, answers, strict=True)}
+        seams = [(_tail(template, row)[-_WINDOW:], row.answers[0][:_WINDOW]) for row in conversations]
+        new = sorted(set(seams) - self._seams.keys())
+        joint = self.text.encode([tail + answer for tail, answer in new], "first")
+        answers = self.text.encode([answer for _, answer in new], "continuation")
+        tails = sorted({tail for tail, _ in new})
+        before = dict(zip(tails, self.text.encode(tails, "first"), strict=True))
+        found = {seam: whole != before[seam[0]] + part for seam, whole, part in zip(new, joint, answers, strict=True)}
         if len(self._seams) < 100_000:
             self._seams |= found
-        return [found[text] if text in found else self._seams[text] for text in beginnings]
+        return [found[seam] if seam in found else self._seams[seam] for seam in seams]
+
+
+def _tail(template: Template, row: Conversation) -> str:
+    """Return the text right before the answer: what the template always puts there, or else all that precedes it."""
+    always = template.tail and (not row.question.input or template.prompt_input.endswith(template.tail))
+    return template.tail if always else template.prompt(row)[-1].text

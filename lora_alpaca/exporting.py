@@ -16,6 +16,7 @@ from lora_alpaca.config import ExportConfig
 from lora_alpaca.encoding import Encoder
 from lora_alpaca.errors import AdapterError, ExportError
 from lora_alpaca.models import DTYPES, Placement
+from lora_alpaca.options import user_path
 from lora_alpaca.prompts import AnyTemplate, Conversation
 
 PROBES = [
@@ -32,7 +33,7 @@ def export_hf(config: ExportConfig) -> Path:
     Raises AdapterError for an adapter that does not fit or changes nothing, and ExportError if the merged model's
     logits are not those of base + adapter; in both cases nothing is written.
     """
-    output_dir, adapter = Path(config.output_dir).expanduser(), Path(config.lora_weights).expanduser()
+    output_dir, adapter = user_path(config.output_dir), user_path(config.lora_weights)
     if not (adapter / adapters.SETTINGS).is_file():
         raise AdapterError(
             f"--lora_weights {adapter}: no adapter there; train one first: python finetune.py --output_dir {adapter}"

@@ -22,6 +22,7 @@ from lora_alpaca.config import GenerateConfig
 from lora_alpaca.encoding import Encoder
 from lora_alpaca.errors import ConfigError
 from lora_alpaca.models import Base
+from lora_alpaca.options import user_path
 from lora_alpaca.prompts import AnyTemplate, Conversation, Message, load_template
 from lora_alpaca.records import Origin
 
@@ -236,7 +237,7 @@ def _find(config: GenerateConfig) -> Source:
     if config.lora_weights == "none":
         return _model_alone(config, named or DEMO)
     default = Path(ADAPTER_DIR)
-    adapter = Path(config.lora_weights).expanduser() if config.lora_weights else None
+    adapter = user_path(config.lora_weights) if config.lora_weights else None
     if adapter is None and (default / adapters.SETTINGS).is_file():
         origin = records.read_origin(default)
         if not named or _same_base(named, origin.base_model):
@@ -278,9 +279,7 @@ def _same_base(named: str, recorded: str) -> bool:
     if named == recorded:
         return True
     return (
-        Path(named).expanduser().exists()
-        and Path(recorded).exists()
-        and Path(named).expanduser().resolve() == Path(recorded).resolve()
+        user_path(named).exists() and Path(recorded).exists() and user_path(named).resolve() == Path(recorded).resolve()
     )
 
 

@@ -54,7 +54,6 @@ class Ledger:
     validation: int = 0
     tokens: int = 0
     learned: int = 0
-    longest: int = 0
     percentiles: dict[str, int] = field(default_factory=dict)  # of row lengths before truncation
     bad: Tally = field(default_factory=Tally)
     overlong: Tally = field(default_factory=Tally)
@@ -91,7 +90,7 @@ class Ledger:
         said = sentence.format(cutoff_len=self.cutoff_len, example=tally.example)
         why = f": {tally.example}" if key == "bad" else ""
         share = tally.count / max(1, self.read)
-        return [f"{mark}{tally.count:,} rows ({share:.1%}) {said} (first: {tally.first[0]}{why})"]
+        return [f"{mark}{tally.count:,} of {self.read:,} rows ({share:.1%}) {said} (first: {tally.first[0]}{why})"]
 
     def dropped(self) -> int:
         """Return how many rows are not trained or validated on."""

@@ -13,6 +13,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from lora_alpaca import quantization
 from lora_alpaca.common_options import DEMO, ModelOptions
 from lora_alpaca.errors import ConfigError, ModelError
+from lora_alpaca.options import user_path
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -113,7 +114,7 @@ def locate_base(name: str, revision: str | None = None, trust_remote_code: bool 
     A name is `demo`, a folder, or a hub id. Raises ModelError.
     """
     name = name or DEMO
-    folder = demo_base() if name == DEMO else Path(name).expanduser()
+    folder = demo_base() if name == DEMO else user_path(name)
     local = folder.exists() or folder.is_absolute() or name.startswith((".", "~"))
     if local and not (folder / "config.json").is_file():
         hint = (

@@ -1,6 +1,8 @@
 """What an option is: a checked field with group, unit and meaning, in a config that tells all mistakes at once."""
 
 import difflib
+import os
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -18,6 +20,11 @@ def _names(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     return [name.strip().strip("'\"") for name in value.strip().strip("[]()").split(",") if name.strip()]
+
+
+def user_path(name: str) -> Path:
+    """Return the path that a user named, `~` expanded; that of an unknown user is a name like any other."""
+    return Path(os.path.expanduser(name))
 
 
 def lower(value: Any) -> Any:

@@ -23,6 +23,7 @@ from lora_alpaca.encoding import Encoded, Encoder
 from lora_alpaca.errors import DataError
 from lora_alpaca.examples import Builder, Examples
 from lora_alpaca.ledger import Ledger
+from lora_alpaca.options import user_path
 from lora_alpaca.prompts import Conversation
 from lora_alpaca.tokenization import all_cores
 
@@ -158,7 +159,8 @@ def _doubles(rows: Rows, held_out: set[int]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _seam(conversation: Conversation, encoder: Encoder) -> str:
-    return repr(f"{getattr(encoder.template, 'tail', '')[-12:]}|{conversation.answers[0][:12]}")
+    before = encoder.template.prompt(conversation)[-1].text
+    return repr(f"{before[-12:]}|{conversation.answers[0][:12]}")
 
 
 # ------------------------------------------------------------------------------------------------------------ cache
@@ -169,8 +171,8 @@ def cache_folder(cache_dir: str) -> Path | None:
     if cache_dir == "none":
         return None
     if cache_dir:
-        return Path(cache_dir).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lora_alpaca"
+        return user_path(cache_dir)
+    return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "lora_alpaca"
 
 
 def cache_key(rows: Rows, encoder: Encoder, options: DataOptions, held_out: set[int], tokenizer_sha256: str) -> str:

@@ -77,6 +77,14 @@ class Ranks:
         """Return a context that the first process of each machine goes through before the others."""
         return self._accelerator.local_main_process_first()
 
+    def agree(self, value: str) -> bool:
+        """Return whether every rank has the same value."""
+        values: list[Any] = [value]
+        if self.world_size > 1:
+            values = [None] * self.world_size
+            torch.distributed.all_gather_object(values, value)
+        return len(set(values)) == 1
+
     # ------------------------------------------------------------------------------------------- random state
 
     def random_state(self) -> State:

@@ -13,6 +13,7 @@ from lora_alpaca.config import ShowConfig
 from lora_alpaca.data import Rows
 from lora_alpaca.encoding import Encoded, Encoder
 from lora_alpaca.errors import ConfigError, FolderError
+from lora_alpaca.options import user_path
 from lora_alpaca.prompts import Conversation, fitting_template, load_template
 
 ROWS_ON_A_PAGE = 100
@@ -24,7 +25,7 @@ Token = tuple[str, str]  # text as it stands in the row, and learned, seen or cu
 def show(config: ShowConfig) -> None:
     """Print the rows that a config names, or write them to a page. Raises what training on them would raise."""
     template = load_template(config.prompt_template_name) if config.prompt_template_name else None
-    target = None if config.html is None else _target(Path(config.html).expanduser())
+    target = None if config.html is None else _target(user_path(config.html))
     rows = Rows(config.data_path or DEMO, config.columns, config.skip_bad_rows)
     numbers = _numbers(config.row, len(rows)) if config.said("row") or target is None else range(1, ROWS_ON_A_PAGE + 1)
     base = models.locate_base(config.base_model or DEMO, config.revision, config.trust_remote_code)
@@ -119,7 +120,8 @@ def _lines_coloured(text: str, colour: str) -> str:
 _STYLE = """
 body { font: 15px/1.6 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1c2024;
        background: #fff }
-h1 { font-size: 1.2rem; overflow-wrap: anywhere } h2 { font-size: .95rem; margin: 2rem 0 .4rem } small { color: #60646c; font-weight: 400 }
+h1 { font-size: 1.2rem; overflow-wrap: anywhere }
+h2 { font-size: .95rem; margin: 2rem 0 .4rem } small { color: #60646c; font-weight: 400 }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; padding: .8rem 1rem; border: 1px solid #d9d9e0;
       border-radius: .4rem; margin: 0 }
 .learned { background: #c4e8d1; border-radius: .15rem; box-shadow: inset -1px 0 #fff }

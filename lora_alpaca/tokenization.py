@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from operator import itemgetter
 from typing import Any, Literal
 
 from lora_alpaca.prompts import EOS, Run
@@ -128,10 +129,11 @@ def _places(runs: Sequence[Run], swallows: dict[str, tuple[bool, bool]]) -> list
             after_token = True
             continue
         text = run.text
-        if swallows and not run.learned:  # an answer is kept as it is
+        if swallows and not run.answer:  # which is kept as it is
             if after_token and swallows.get(runs[number - 1].text, (False, False))[1]:
                 text = text.lstrip()
-            if number + 1 < len(runs) and swallows.get(runs[number + 1].text, (False, False))[0]:
+            following = runs[number + 1] if number + 1 < len(runs) else None
+            if following and following.control and swallows.get(following.text, (False, False))[0]:
                 text = text.rstrip()
         places.append(("first" if not number else "after_token" if after_token else "continuation", text))
         after_token = after_token and not text
@@ -163,6 +165,10 @@ def _plain(state: dict[str, Any]) -> Any:
     """Return a `tokenizers.Tokenizer` from its JSON, which reads control strings in a text as text."""
     from tokenizers import Tokenizer
 
+    if state["model"]["type"] == "Unigram":  # finds `</s>` in a text, for it is one of its pieces: call that otherwise
+        for token in filter(itemgetter("special"), state["added_tokens"]):
+            if token["id"] < len(state["model"]["vocab"]):
+                token["content"] = state["model"]["vocab"][token["id"]][0] = f"\0 {token['id']} \0"
     tokenizer = Tokenizer.from_str(json.dumps(state))
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()

@@ -16,7 +16,9 @@ from lora_alpaca.checkpoints import Checkpoint
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.data import Rows
 from lora_alpaca.encoding import Encoder
+from lora_alpaca.errors import DataError
 from lora_alpaca.examples import Examples
+from lora_alpaca.options import user_path
 from lora_alpaca.planning import Plan
 from lora_alpaca.preparation import Prepared
 from lora_alpaca.prompts import AnyTemplate, fitting_template, load_template, template_from_json
@@ -38,7 +40,7 @@ def finetune(config: FinetuneConfig, rows: Rows | None = None) -> Run:
     """
     with Ranks(config) as ranks:
         say = ranks.reporter.say
-        output_dir = Path(config.output_dir).expanduser()
+        output_dir = user_path(config.output_dir)
         if config.resume and folders.read_record(output_dir).get("status") == "finished":
             say(f"{output_dir}: this run is already finished")
             return records.finished_run(output_dir)
@@ -48,6 +50,8 @@ def finetune(config: FinetuneConfig, rows: Rows | None = None) -> Run:
             adapters.check_start(config)
         config = planning.with_recipe(config, ranks.world_size, ranks.reporter)
         rows = rows or Rows(config.data_path, config.columns, config.skip_bad_rows)
+        if not ranks.agree(rows.digest):
+            raise DataError(f"--data_path {config.data_path}: the processes read different rows; is it being written?")
         held_out = data.held_out(len(rows), config.val_set_size, config.seed)
 
         base = models.locate_base(config.base_model, config.revision, config.trust_remote_code)
@@ -77,7 +81,7 @@ def finetune(config: FinetuneConfig, rows: Rows | None = None) -> Run:
         torch.manual_seed(config.seed)  # the adapter's first weights are the same on every rank
         model = models.load_base(base, ranks.placement)  # the first heavy step
         if config.init_adapter:
-            start = Path(config.init_adapter).expanduser()
+            start = user_path(config.init_adapter)
             model = adapters.load(model, start, trainable=True, dropout=config.lora_dropout)
         else:
             model = adapters.attach(model, config, base)
@@ -174,7 +178,7 @@ def _train(
     record: dict[str, Any],
 ) -> None:
     """Take the steps from `progress.step` to the plan's end; log, validate and write checkpoints in between."""
-    reporter, output_dir = ranks.reporter, Path(config.output_dir).expanduser()
+    reporter, output_dir = ranks.reporter, user_path(config.output_dir)
     lengths = train.lengths
     if validation and progress.step == 0:
         progress.first_loss = learner.evaluate(validation)

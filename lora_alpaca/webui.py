@@ -25,6 +25,7 @@ from lora_alpaca.common_options import ADAPTER_DIR, DEMO
 from lora_alpaca.config import GenerateConfig
 from lora_alpaca.errors import ConfigError, LoraAlpacaError
 from lora_alpaca.generation import Generator
+from lora_alpaca.options import user_path
 
 TITLE = "LoRA Alpaca"
 PORTS = range(7860, 7960)  # tried in turn when none is asked for
@@ -173,7 +174,7 @@ def _described(generator: Generator, config: GenerateConfig) -> str:
     names = [DEMO if base == str(models.demo_base()) else base]
     if hasattr(model, "peft_config"):
         names.append(config.lora_weights or ADAPTER_DIR)
-    shown = [Path(name).resolve().name if Path(name).expanduser().exists() else name for name in names]
+    shown = [Path(name).resolve().name if user_path(name).exists() else name for name in names]
     return f"Model: {', adapter: '.join(shown)}. What it says may be wrong."
 
 

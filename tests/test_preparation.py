@@ -102,7 +102,7 @@ def test_a_long_answer_is_cut_and_counted(prepared, tokenizer):
     assert found.train[1].labels[-1] == tokenizer.eos_token_id
     ledger = found.ledger
     assert (ledger.truncated.count, ledger.truncated.first, ledger.ends_lost.count) == (1, ["rows.json:1"], 1)
-    assert any("1 rows (50.0%) are longer than --cutoff_len 100" in line for line in ledger.lines())
+    assert any("1 of 2 rows (50.0%) are longer than --cutoff_len 100" in line for line in ledger.lines())
 
 
 def test_long_rows_may_be_dropped(prepared):

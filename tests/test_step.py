@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 from lora_alpaca import adapters, models
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.encoding import Encoder
-from lora_alpaca.examples import Example
 from lora_alpaca.errors import TrainingError
+from lora_alpaca.examples import Example
 from lora_alpaca.prompts import load_template
 from lora_alpaca.ranks import Ranks
 from lora_alpaca.step import Learner
@@ -76,11 +76,16 @@ def test_two_ranks_give_the_gradient_of_one(tiny_llama, rows, tmp_path):
         import sys; sys.path[:0] = {sys.path!r}
         import torch
         from lora_alpaca.prompts import Conversation, Message
-        from test_step import gradients
+        from lora_alpaca.config import FinetuneConfig
+        from lora_alpaca.ranks import Ranks
+        from test_step import OPTIONS, gradients
+        import os
+        with Ranks(FinetuneConfig(**OPTIONS)) as ranks:
+            assert ranks.agree("the same"), "two equal values are told apart"
+            assert not ranks.agree(os.environ["RANK"]), "two different values are taken as equal"
         rows = {rows[:7]!r}
         found, loss = gradients({str(tiny_llama)!r}, rows, 2)
         assert not torch.distributed.is_initialized(), "the process group was left open"
-        import os
         torch.save((found, loss), {str(tmp_path)!r} + "/" + os.environ["RANK"])
         """)
     )

@@ -8,7 +8,7 @@ from command import refused, run
 from safetensors.torch import load_file
 
 from lora_alpaca import FinetuneConfig, finetune, folders
-from lora_alpaca.errors import AdapterError, CheckpointError, ConfigError, ModelError
+from lora_alpaca.errors import AdapterError, CheckpointError, ConfigError, DataError, ModelError
 from lora_alpaca.planning import Plan
 
 
@@ -282,3 +282,31 @@ def test_the_learning_rate_rises_and_falls():
     assert {
         plan.learning_rate(step, config.model_copy(update={"lr_scheduler": "constant"})) for step in range(2, 10)
     } == {1.0}
+
+
+def test_processes_that_read_different_rows_are_stopped(options, monkeypatch):
+    """A file that is written while the processes of a run start one after the other."""
+    monkeypatch.setattr("lora_alpaca.ranks.Ranks.agree", lambda self, value: False)
+    with pytest.raises(DataError, match="the processes read different rows"):
+        finetune(FinetuneConfig(**options))
+
+
+def test_rows_that_were_read_already_are_not_read_again(options, monkeypatch):
+    from lora_alpaca.data import Rows
+
+    rows = Rows(options["data_path"])
+    monkeypatch.setattr("lora_alpaca.training.Rows", lambda *args: pytest.fail("read again"))
+    assert finetune(FinetuneConfig(**options | {"max_steps": 1}), rows).steps == 1
+
+
+def test_a_gate_stops_before_the_model_is_loaded(options, monkeypatch):
+    monkeypatch.setattr("lora_alpaca.models.load_base", lambda *args: pytest.fail("the model was loaded"))
+    with pytest.raises(DataError, match=r"--max_truncated 0\.01: \d+ of 48 rows"):
+        finetune(FinetuneConfig(**options | {"cutoff_len": 50, "max_truncated": 0.01}))
+
+
+def test_the_ledger_is_kept_with_the_run(options, tmp_path):
+    finetune(FinetuneConfig(**options | {"max_steps": 1}))
+    ledger = folders.read_record(tmp_path / "out")["ledger"]
+    assert (ledger["read"], ledger["formats"]) == (48, {"Alpaca": 48})
+    assert ledger["train"] + ledger["validation"] == 48

@@ -1,4 +1,7 @@
-"""From files or the hub to checked conversations: `files` reads, `formats` understands, `rows` has them all."""
+"""From files or the hub to checked conversations: `files` reads, `formats` understands, `rows` has them all.
+
+Below `files` are `json_rows`, JSON by the book, and `texts`, which decodes and keeps count of lines and bytes.
+"""
 
 from lora_alpaca.data.rows import Rows, demo_file, held_out
 

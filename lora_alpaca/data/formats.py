@@ -2,7 +2,6 @@
 
 import difflib
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 from lora_alpaca.errors import DataError
 from lora_alpaca.prompts import Conversation, Message
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model"), "assistant"),
@@ -49,7 +47,10 @@ def _document(row: dict[str, Any]) -> list[Message]:
 
 
 def _sharegpt(row: dict[str, Any]) -> list[Message]:
-    return _system(row) + _turns(row["conversations"], "conversations", "from", "value")
+    system, turns = _system(row), _turns(row["conversations"], "conversations", "from", "value")
+    if system and turns[0].role == "system":
+        raise RowError("system and conversations[1] are both system messages; leave one of them out")
+    return system + turns
 
 
 def _messages(row: dict[str, Any]) -> list[Message]:
@@ -100,22 +101,24 @@ def text(value: Any, field: str) -> str:
     """Return a value that is a text; RowError if it is none, or one that no tokenizer can encode."""
     if not isinstance(value, str):
         raise RowError(f"{field} is {_short(value)}, which is no text")
-    if _SURROGATE.search(value):
-        raise RowError(f"{field} holds half of a surrogate pair, which no tokenizer can encode")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise RowError(f"{field} holds half of a surrogate pair, which no tokenizer can encode") from None
     return value
 
 
 def _short(value: Any) -> str:
     try:
         return json.dumps(value, default=str)[:40]
-    except (ValueError, RecursionError):
+    except (TypeError, ValueError, RecursionError):
         return f"a {type(value).__name__}"
 
 
 def recognise(row: Any) -> Format:
     """Return the format of a row by its fields. RowError, with the nearest name, for a row of none."""
     if not isinstance(row, dict):
-        raise RowError(f"a row is an object with {EXPECTED}, not a {type(row).__name__}")
+        raise RowError(f"a row is an object with {EXPECTED}, not {_short(row)}")
     for kind in FORMATS:
         if row.keys() >= set(kind.fields):
             return kind
@@ -135,13 +138,15 @@ def _keys(row: dict[str, Any]) -> str:
 
 def _hint(field: str, row: dict[str, Any]) -> str:
     near = difflib.get_close_matches(field, map(str, row), n=1, cutoff=0.6)
-    return f"; did you mean {field} by {near[0]!r}? --columns {field}={near[0]} says so" if near else ""
+    if not near:
+        return f"; --columns {field}=NAME names the one that holds it"
+    return f"; did you mean {field} by {near[0]!r}? --columns {field}={near[0] if near[0].isprintable() else 'NAME'}"
 
 
 def conversation(row: Any, kind: Format, where: str) -> Conversation:
     """Return a row of a known format as a conversation; RowError, with the format's name, for one that is not so."""
     if not isinstance(row, dict):
-        raise RowError(f"a row is an object, not a {type(row).__name__}")
+        raise RowError(f"a row is an object with {EXPECTED}, not {_short(row)}")
     for field in kind.fields:
         if field not in row:
             raise RowError(f"{kind.name} format: no {field}; {_keys(row)}{_hint(field, row)}")
@@ -153,12 +158,14 @@ def conversation(row: Any, kind: Format, where: str) -> Conversation:
 
 def parse_columns(pairs: list[str]) -> dict[str, str]:
     """Return {our field: its name in the data} of `instruction=question` pairs; DataError for an unknown field."""
-    columns = {}
+    columns: dict[str, str] = {}
     for pair in pairs:
         field, equals, column = pair.partition("=")
         if not equals or not column or field not in FIELDS:
             known = ", ".join(FIELDS)
             raise DataError(f"--columns {pair}: FIELD=COLUMN pairs are expected, and the fields are {known}")
+        if field in columns:
+            raise DataError(f"--columns {pair}: {field} is named twice, as {columns[field]} before; once is enough")
         columns[field] = column
     return columns
 

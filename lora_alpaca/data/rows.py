@@ -5,20 +5,20 @@ find the same rows: a file that changes in between is an error.
 """
 
 import hashlib
-import json
 import math
+import os
 import random
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from lora_alpaca.common_options import DEMO
 from lora_alpaca.data import files, formats
-from lora_alpaca.data.files import Bad
 from lora_alpaca.data.formats import Format, RowError
+from lora_alpaca.data.json_rows import Bad, NumberedRows
 from lora_alpaca.errors import DataError
+from lora_alpaca.options import user_path
 from lora_alpaca.prompts import Conversation
 
 MAX_VALIDATION_ROWS = 2000
@@ -47,7 +47,7 @@ class Rows(Iterable[Conversation]):
         self._sources = [_Source(part) for part in _parts(data_path)]
         self.formats: Counter[str] = Counter()
         self.dropped: list[tuple[str, str]] = []
-        self.ignored: set[str] = set()
+        self.ignored: set[str] = set()  # fields that the format has no use for
         self.empty_answers: list[str] = []
         self.blank_instructions: list[str] = []
         self.keys = array("Q")
@@ -57,16 +57,15 @@ class Rows(Iterable[Conversation]):
         return len(self.keys)
 
     def __iter__(self) -> Iterator[Conversation]:
-        """Yield the conversations; DataError at the end if they are not those of the first reading."""
-        sha, count = hashlib.sha256(), 0
+        """Yield the conversations; DataError at the first that is not the one of the first reading."""
+        count = 0
         for conversation, _ in self._read():
-            sha.update(_key(conversation))
+            if count == len(self) or _number(_key(conversation)) != self.keys[count]:
+                raise DataError(f"{conversation.where}: this row changed while the data was read; start again")
             count += 1
             yield conversation
-        if sha.hexdigest() != self.digest:
-            raise DataError(
-                f"{self.data_path}: the rows changed while they were read ({len(self)} before, {count} now)"
-            )
+        if count < len(self):
+            raise DataError(f"{self.data_path}: {len(self)} rows, and now {count}: the data changed; start again")
 
     def _first_reading(self) -> None:
         sha = hashlib.sha256()
@@ -74,7 +73,7 @@ class Rows(Iterable[Conversation]):
         for conversation, kind in self._read(self._drop):
             key = _key(conversation)
             sha.update(key)
-            self.keys.append(int.from_bytes(key[:8], "little"))
+            self.keys.append(_number(key))
             self.formats[kind.name] += 1
             filled = any(answer.strip() for answer in conversation.answers)
             answered += filled
@@ -84,7 +83,9 @@ class Rows(Iterable[Conversation]):
                 self.blank_instructions.append(conversation.where)
         self.digest = sha.hexdigest()
         if not self.keys:
-            dropped = f", and {len(self.dropped)} bad ones ({self._reason()})" if self.dropped else ""
+            dropped = (
+                f" that can be used, and {len(self.dropped)} that cannot; {self._reason()}" if self.dropped else ""
+            )
             raise DataError(f"{self.data_path}: contains 0 rows{dropped}")
         if self.dropped and not self._skip:
             raise DataError(self._reason())
@@ -124,38 +125,43 @@ class _Source:
     """One file or hub dataset of `--data_path`; what it is, is clear before anything is read."""
 
     def __init__(self, name: str):
-        path = demo_file("train") if name == DEMO else Path(name).expanduser()
+        path = demo_file("train") if name == DEMO else user_path(name)
         self._path: Path | None = path
         self.name = path.name
         if files.suffix(path):
             return
-        try:
-            exists = path.exists()
-        except OSError as error:  # a name that is too long
-            raise DataError(f"--data_path {name[:60]}: {error.strerror}") from None
+        exists = os.path.exists(path)
         hub = files.hub_id(name)
         local = exists or path.is_absolute() or name.startswith((".", "~")) or (path.suffix and "/" not in name)
         if local or not hub:
             kinds = ", ".join(files.SUFFIXES)
-            missing = "" if exists else "no such file; "
-            raise DataError(f"{name}: {missing}data is read from {kinds}, each also .gz, or from a hub id")
+            what = "a folder" if os.path.isdir(path) else "a file of another kind" if exists else "no such file"
+            raise DataError(f"--data_path {name}: {what}; data is read from {kinds}, each also .gz, or from a hub id")
         self._path, self.name = None, name
 
-    def read(self) -> files.NumberedRows:
+    def read(self) -> NumberedRows:
         return files.read_hub(self.name) if self._path is None else files.read_file(self._path)
 
 
 def _parts(data_path: str) -> list[str]:
     """Return the sources of a --data_path, which is a list with commas unless it names a file."""
-    if files.suffix(Path(data_path)) and Path(data_path).expanduser().exists():
+    if files.suffix(Path(data_path)) and os.path.exists(user_path(data_path)):
         return [data_path]
-    return [part for part in data_path.split(",") if part]
+    return [part.strip() for part in data_path.split(",") if part.strip()]
 
 
 def _key(conversation: Conversation) -> bytes:
     """Return a hash of what a row says, of 16 bytes."""
-    said: Any = [(message.role, message.text, message.input) for message in conversation.messages]
-    return hashlib.blake2b(json.dumps(said).encode(), digest_size=16).digest()
+    said = [
+        part
+        for message in conversation.messages  # lengths keep "a", "bc" and "ab", "c" apart
+        for part in (message.role, str(len(message.text)), message.text, str(len(message.input)), message.input)
+    ]
+    return hashlib.blake2b("\n".join(said).encode(), digest_size=16).digest()
+
+
+def _number(key: bytes) -> int:
+    return int.from_bytes(key[:8], "little")
 
 
 def held_out(rows: int, val_set_size: float | None, seed: int) -> set[int]:
@@ -170,7 +176,10 @@ def held_out(rows: int, val_set_size: float | None, seed: int) -> set[int]:
     else:
         size = int(val_set_size)
     if size >= rows:
-        raise DataError(f"--val_set_size {size}: there are only {rows} rows, and none would be left to train on")
+        share = f" of the rows, which is {size}" if val_set_size and val_set_size < 1 else ""
+        raise DataError(
+            f"--val_set_size {val_set_size:g}{share}: there are only {rows} rows, and none would be left to train on"
+        )
     order = list(range(rows))
     random.Random(seed).shuffle(order)
     return set(order[:size])

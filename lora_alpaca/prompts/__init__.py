@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_alpaca.errors import TemplateError
+from lora_alpaca.options import user_path
 from lora_alpaca.prompts.chat import ChatTemplate
 from lora_alpaca.prompts.conversation import EOS, Conversation, Message, Run
 from lora_alpaca.prompts.template import Template
@@ -52,7 +53,7 @@ def load_template(name: str) -> AnyTemplate:
     if name == "chat":
         return ChatTemplate()
     if name.endswith(".json"):
-        path = Path(name).expanduser()
+        path = user_path(name)
     elif name in template_names():
         path = template_folder() / f"{name}.json"
     else:
@@ -65,7 +66,7 @@ def load_template(name: str) -> AnyTemplate:
         raise TemplateError(f"{path}: {error.strerror or error}") from None
     except json.JSONDecodeError as error:
         raise TemplateError(f"{path}: not JSON at line {error.lineno}, column {error.colno}: {error.msg}") from None
-    except (UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, a number of thousands of digits, nested too deeply
         raise TemplateError(f"{path}: not JSON ({error})") from None
     return template_from_json(fields, path.stem, str(path))
 

@@ -10,8 +10,8 @@ import datetime
 import hashlib
 import json
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -40,8 +40,9 @@ class Part(NamedTuple):
     """A piece of a rendered conversation: the template's text, one of its control tokens, or the place of a message."""
 
     what: str | Slot
-    learned: bool
+    learned: bool = False
     control: bool = False
+    answer: bool = False
 
 
 class ChatTemplate:
@@ -78,8 +79,8 @@ class ChatTemplate:
         messages = list(conversation.messages)
         if messages[-1].role == "assistant":
             messages.pop()
-        parts = self._parts(self._render(_stand_ins(message.role for message in messages), True), [])
-        runs, rendered = _filled(parts, messages), self._render(messages, True, conversation.where)
+        rendered = self._render(messages, True, conversation.where)
+        runs = self._shaped(messages, False, conversation.where)
         if "".join(run.text for run in runs) != rendered:
             runs = self._rewritten(rendered, messages, conversation.where)
         return joined(iter(runs))
@@ -87,10 +88,11 @@ class ChatTemplate:
     def render(self, conversation: Conversation, last_only: bool = False) -> list[Run]:
         """Return the runs of a training row; only the last answer is learned where the template rewrites others."""
         messages, where = list(conversation.messages), conversation.where
-        runs = _filled(self._shape(tuple(message.role for message in messages), last_only), messages)
         rendered = self._render(messages, False, where)
+        runs = self._shaped(messages, last_only, where)
         if "".join(run.text for run in runs) != rendered:
-            prompt = self._render(messages[:-1], True, where)
+            before = self.prompt(conversation)
+            prompt = "".join(run.text for run in before)
             if not rendered.startswith(prompt):
                 raise TemplateError(
                     f"{where}: the chat template rewrites this conversation so that its last prompt is another one; "
@@ -98,8 +100,8 @@ class ChatTemplate:
                 )
             rest = self._rewritten(rendered[len(prompt) :], messages, where)
             end = next((number for number, run in enumerate(rest) if run.control), len(rest))
-            answer = [Run(run.text, number <= end, run.control) for number, run in enumerate(rest)]
-            runs = [*self._rewritten(prompt, messages, where), *answer]
+            answer = [replace(run, learned=number <= end, answer=number <= end) for number, run in enumerate(rest)]
+            runs = [*before, *answer]
         return joined(iter(runs))
 
     @cached_property
@@ -129,13 +131,21 @@ class ChatTemplate:
 
     # ------------------------------------------------------------------------------------------------- shapes
 
+    def _shaped(self, messages: list[Message], last_only: bool, where: str) -> list[Run]:
+        """Return the runs of messages, if the template does nothing to their texts but strip them."""
+        try:
+            return _filled(self._shape(tuple(message.role for message in messages), last_only), messages)
+        except TemplateError as error:
+            raise TemplateError(f"{where}: {error}" if where else str(error)) from None
+
     def _new_shape(self, roles: tuple[str, ...], last_only: bool) -> list[Part]:
         """Return how conversations of one sequence of roles look; TemplateError if not even the last answer is clear.
 
-        An answer can be learned if the whole conversation shows it as generation would have met it at the time.
+        An answer can be learned if the whole conversation shows it as generation would have met it at the time. A
+        conversation that does not end with an answer is a prompt.
         """
-        messages = _stand_ins(roles)
-        whole = self._render(messages, False)
+        messages, is_prompt = _stand_ins(roles), roles[-1] != "assistant"
+        whole = self._render(messages, is_prompt)
         spans = []  # of the answers, each from where generation starts to the end of its end token
         for number in (number for number, role in enumerate(roles) if role == "assistant"):
             prompt, upto = self._render(messages[:number], True), self._render(messages[: number + 1], False)
@@ -144,28 +154,30 @@ class ChatTemplate:
             if end and upto.startswith(prompt) and whole.startswith(upto[: end.end()]):
                 spans.append((len(prompt), end.end()))
             elif number == len(roles) - 1:
-                what = "does not repeat its prompt before" if end else "has no end token after"
+                what = "has no end token after" if upto.startswith(prompt) else "does not repeat its prompt before"
                 raise TemplateError(f"template chat: the chat template {what} an answer; use vicuna or chatml")
-        rewrites = len(spans) < roles.count("assistant")
-        return self._parts(whole, spans[-1:] if last_only or rewrites else spans)
-
-    def _parts(self, rendered: str, learned: list[tuple[int, int]]) -> list[Part]:
-        """Return a rendering of stand-ins as parts: its texts, cut where learning begins or ends, tokens and slots."""
+        if len(spans) < roles.count("assistant"):
+            spans = [] if is_prompt else spans[-1:]
         parts: list[Part] = []
-        for start, stop in pairwise(sorted({0, len(rendered), *(place for span in learned for place in span)})):
-            is_learned = any(first <= start < last for first, last in learned)
-            place = start
-            for found in _STAND_IN.finditer(rendered, start, stop):
-                parts += self._texts(rendered[place : found.start()], is_learned)
-                parts.append(Part(Slot(int(found["number"]), not found["left"], not found["right"]), is_learned))
-                place = found.end()
-            parts += self._texts(rendered[place:stop], is_learned)
+        for start, stop in pairwise(sorted({0, len(whole), *(place for span in spans for place in span)})):
+            is_answer = any(first <= start < last for first, last in spans)
+            is_learned = is_answer and not is_prompt and (not last_only or start == spans[-1][0])
+            found = self._parts(whole, start, stop)
+            parts += [part._replace(answer=is_answer, learned=is_learned) for part in found]
         return parts
 
-    def _texts(self, text: str, learned: bool = False) -> list[Part]:
-        """Return the template's own text as texts and control tokens."""
-        pieces = filter(None, self._control.split(text))
-        return [Part(piece, learned, self._control.fullmatch(piece) is not None) for piece in pieces]
+    def _parts(self, rendered: str, start: int, stop: int) -> Iterator[Part]:
+        """Yield a stretch of rendered stand-ins as parts."""
+        for found in _STAND_IN.finditer(rendered, start, stop):
+            yield from self._texts(rendered[start : found.start()])
+            yield Part(Slot(int(found["number"]), not found["left"], not found["right"]))
+            start = found.end()
+        yield from self._texts(rendered[start:stop])
+
+    def _texts(self, text: str) -> Iterator[Part]:
+        """Yield the template's own text as texts and control tokens."""
+        for piece in filter(None, self._control.split(text)):
+            yield Part(piece, control=self._control.fullmatch(piece) is not None)
 
     def _rewritten(self, rendered: str, messages: list[Message], where: str) -> list[Run]:
         """Return a text in which the user's words cannot be found again: safe if they hold no control token."""
@@ -180,7 +192,7 @@ class ChatTemplate:
     def _control(self) -> re.Pattern[str]:
         """Return a pattern of the tokenizer's control tokens, with a group around it."""
         tokens = [token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special]
-        return re.compile("(" + "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) + ")")
+        return re.compile("(" + ("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)") + ")")
 
     def _render(self, messages: list[Message], generates: bool, where: str = "") -> str:
         """Return the text that transformers renders."""
@@ -201,7 +213,7 @@ def _stand_ins(roles: Iterable[str]) -> list[Message]:
     return [Message(role, f"{_PADDING}qX{number}Xq{_PADDING[::-1]}") for number, role in enumerate(roles)]
 
 
-def _filled(parts: list[Part], messages: list[Message]) -> list[Run]:
+def _filled(parts: Iterable[Part], messages: list[Message]) -> list[Run]:
     """Return parts as runs, with the messages in their slots."""
     texts = [_text(message) for message in messages]
     return [

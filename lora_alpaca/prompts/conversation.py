@@ -1,7 +1,7 @@
 """What is said, and what a template makes of it: messages, conversations, and runs of text and control tokens."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 EOS = "{eos}"  # the control token that stands for the tokenizer's end token, whatever that is called
 
@@ -66,20 +66,24 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A stretch of text, or one control token by its name, and whether it is learned."""
+    """A stretch of text, or one control token by its name, and whether it is learned.
+
+    `answer` marks what generation would have made, learned or not: it is encoded apart from what stands before it.
+    """
 
     text: str
     learned: bool
     control: bool = False
+    answer: bool = False
 
 
 def joined(runs: Iterator[Run]) -> list[Run]:
-    """Return the runs with neighbouring texts of one kind put together, so that they are encoded together."""
+    """Return the runs with neighbouring texts put together, so that they are encoded together; answers stay apart."""
     result: list[Run] = []
     for run in runs:
         last = result[-1] if result else None
-        if last and not (last.control or run.control) and last.learned == run.learned:
-            result[-1] = Run(last.text + run.text, run.learned)
+        if last and not (last.control or run.control) and last.answer == run.answer:
+            result[-1] = replace(run, text=last.text + run.text)
         elif run.control or run.text:
             result.append(run)
     return result

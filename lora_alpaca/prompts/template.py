@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
 
@@ -44,11 +44,11 @@ class Template:
 
     def bound(self, tokenizer: Any) -> "Template":
         """Return the template for this tokenizer; TemplateError if that lacks a control token it needs."""
-        known = tokenizer.get_added_vocab()
+        known = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         for token in self.control:
             if token not in known:
                 raise TemplateError(
-                    f"template {self.name}: the tokenizer has no token {token}, so answers would have no end; "
+                    f"template {self.name}: the tokenizer has no control token {token}, so answers would have no end; "
                     "use vicuna, or chat if the model brings a chat template"
                 )
         return self
@@ -102,17 +102,19 @@ class Template:
 
     def _answer(self, text: str, learned: bool, ends: bool) -> Iterator[Run]:
         """Yield an answer and its end token. What the template puts behind that belongs to the next prompt."""
-        yield from self._fill(self.answer, {"output": text}, learned)
-        for run in self._fill(self.end, {}, learned):
-            yield run if learned else Run(run.text, False, run.control)
-            learned &= not run.control
-            if run.control and ends:
+        for run in self._fill(self.answer, {"output": text}):
+            yield replace(run, learned=learned, answer=True)
+        ended = False
+        for run in self._fill(self.end, {}):
+            yield run if ended else replace(run, learned=learned, answer=True)
+            ended |= run.control
+            if ended and ends:
                 return
 
-    def _fill(self, form: str, values: dict[str, str], learned: bool = False) -> Iterator[Run]:
+    def _fill(self, form: str, values: dict[str, str]) -> Iterator[Run]:
         """Yield a form with its placeholders filled, in one pass: braces typed by a user, `{input}` too, stay text."""
         for kind, piece in _pieces(form, self.control):
-            yield Run(values[piece] if kind == "placeholder" else piece, learned, control=kind == "control")
+            yield Run(values[piece] if kind == "placeholder" else piece, learned=False, control=kind == "control")
 
     @property
     def stop(self) -> str:
@@ -152,10 +154,10 @@ class Template:
     def from_json(cls, given: dict[str, Any], name: str, where: str) -> "Template":
         """Return the template that a JSON object describes; TemplateError names the key that is amiss."""
         keys = [field.name for field in fields(cls)]
-        for key in given.keys() - set(keys):
+        for key in sorted(given.keys() - set(keys)):
             near = difflib.get_close_matches(key, keys, n=1)
             raise TemplateError(
-                f"{where}: unknown key {key}; " + (f"did you mean {near[0]}?" if near else f"keys: {keys}")
+                f"{where}: unknown key {key!r}; " + (f"did you mean {near[0]}?" if near else f"keys: {keys}")
             )
         for key in REQUIRED:
             if key not in given:

@@ -1,0 +1,186 @@
+"""JSON to raw rows, strictly: an array or one value a line, read a chunk at a time, with a true place for every flaw.
+
+What spoils the whole file is a DataError; what spoils one row is a `Bad` in its place.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from lora_alpaca.data import texts
+from lora_alpaca.data.texts import Window
+from lora_alpaca.errors import DataError
+
+NumberedRows = Iterator[tuple[int, Any]]
+
+_BLANK = " \t\r\n"  # what JSON takes for white space
+_GAP = re.compile(r"[ \t\r\n]*")
+_COMMA = re.compile(r"[ \t\r\n]*,?[ \t\r\n]*")
+_LONGEST_WORD = 16  # characters in which a number, an escape or a word that the window cuts may look like another one
+_OBJECT = 1 << 26  # bytes; an object over several lines is recognised up to this size
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A row that cannot be used, and why."""
+
+    reason: str
+
+
+def read_json(file: BinaryIO, path: str) -> NumberedRows:
+    """Yield the rows of a JSON array or of JSON lines, told apart by the first character, whatever the suffix says."""
+    texts.begin(file, path)
+    start, first = file.tell(), b""
+    while not first and (data := file.read(texts.CHUNK)):
+        first = data.lstrip(_BLANK.encode())[:1]
+    if not first:
+        raise DataError(f"{path}: the file is empty, it contains 0 rows")
+    file.seek(start)
+    yield from _read_array(file, path) if first == b"[" else _read_lines(file, path)
+
+
+class _Decoder(json.JSONDecoder):
+    """The standard decoder; a value that it reads in some way, but that is no good JSON, becomes a `Bad`."""
+
+    def __init__(self) -> None:
+        numbers: dict[str, Any] = {"parse_int": self._integer, "parse_float": self._fraction}
+        super().__init__(object_pairs_hook=self._object, parse_constant=self._constant, **numbers)
+        self._flaws: list[str] = []
+
+    def raw_decode(self, s: str, idx: int = 0) -> tuple[Any, int]:
+        """Return the value at a place, and where it ends."""
+        self._flaws.clear()
+        value, end = super().raw_decode(s, idx)
+        return (Bad(self._flaws[0]) if self._flaws else value), end
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        row = dict(pairs)
+        if len(row) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            self._flaws.append(f"the key {twice!r} is given twice in one object; remove one of them")
+        return row
+
+    def _integer(self, digits: str) -> int:
+        try:
+            return int(digits)
+        except ValueError:  # Python reads at most 4300 digits
+            self._flaws.append(f"a number of {len(digits)} digits; write it as a text")
+            return 0
+
+    def _fraction(self, digits: str) -> float:
+        number = float(digits)
+        if math.isinf(number):
+            self._flaws.append(f"the number {digits[:20]} is too large; write it as a text")
+        return number
+
+    def _constant(self, name: str) -> None:
+        self._flaws.append(f"{name} is not JSON; write null or a number")
+
+
+# ----------------------------------------------------------------------------------------------------------- lines
+
+
+def _read_lines(file: BinaryIO, path: str) -> NumberedRows:
+    decoder, first = _Decoder(), True
+    for number, line in texts.lines(file, path):
+        line = line.rstrip(_BLANK)
+        if line:
+            yield number, _decoded(decoder, line, file if first else None, path)
+            first = False
+
+
+def _decoded(decoder: _Decoder, line: str, file: BinaryIO | None, path: str) -> Any:
+    """Return the value on a line, or a Bad; `file` is given for the first one, which may begin a longer object."""
+    try:
+        return decoder.decode(line)
+    except RecursionError:
+        return Bad("nested too deeply")
+    except json.JSONDecodeError as error:
+        if error.pos < len(line) and not error.msg.startswith("Unterminated string"):
+            near = line[error.pos : error.pos + 40]
+            return Bad(f"not JSON at column {error.colno}: {error.msg}, near {near!r}")
+        if file:
+            _refuse_one_object(line, file, path)
+        return Bad(f"not JSON: the line ends inside the row, at column {len(line) + 1} (truncated?)")
+
+
+def _refuse_one_object(line: str, file: BinaryIO, path: str) -> None:
+    """Raise DataError if the file is one object over several lines."""
+    start = file.tell()
+    try:
+        whole = json.loads(line + "\n" + file.read(_OBJECT).decode())
+    except (ValueError, RecursionError):
+        file.seek(start)
+        return
+    keys = ", ".join(map(repr, whole))[:120]
+    raise DataError(f"{path}: one object ({keys}), not a list of rows; write [{{...}}, {{...}}], or one row on a line")
+
+
+# ----------------------------------------------------------------------------------------------------------- array
+
+
+def _read_array(file: BinaryIO, path: str) -> NumberedRows:
+    """Yield the values of a JSON array without holding more of it than the value at hand."""
+    window, decoder, number = Window(file, path), _Decoder(), 0
+    while "[" not in window.text:
+        window.more()
+    window.place = window.text.index("[") + 1
+    while True:
+        gap = (_COMMA if number else _GAP).match(window.text, window.place)
+        assert gap is not None  # it may be empty
+        start = gap.end()
+        if _is_cut(window, start):
+            window.more()
+            continue
+        closed, comma = window.text.startswith("]", start), "," in gap[0]
+        if closed and not comma:
+            _refuse_more(window, start + 1, path)
+            return
+        if number and not comma:
+            raise _broken(window, start, path, number, "a comma or ] is missing after this row")
+        if closed:
+            raise _broken(window, start, path, number, "a row is missing after the comma")
+        try:
+            value, end = decoder.raw_decode(window.text, start)
+        except json.JSONDecodeError as error:
+            if _is_cut(window, len(window.text) if error.msg.startswith("Unterminated string") else error.pos):
+                window.more()
+                continue
+            raise _broken(window, error.pos, path, number + 1, error.msg) from None
+        except RecursionError:
+            raise DataError(f"{path}:{number + 1}: nested too deeply") from None
+        if _is_cut(window, end):
+            window.more()
+            continue
+        window.place = end
+        number += 1
+        yield number, value
+
+
+def _is_cut(window: Window, place: int) -> bool:
+    """Return whether what stands at a place may look otherwise once more of the file is read."""
+    return not window.ended and place + _LONGEST_WORD > len(window.text)
+
+
+def _refuse_more(window: Window, place: int, path: str) -> None:
+    """Raise DataError if there is anything but white space behind the list."""
+    window.place = place
+    while not window.ended and not window.text[window.place :].strip(_BLANK):
+        window.place = len(window.text)
+        window.more()
+    if rest := window.text[window.place :].strip(_BLANK):
+        line, column = window.position(window.text.index(rest[0], window.place))
+        raise DataError(f"{path}: not JSON at line {line}, column {column}: more stands after the list")
+
+
+def _broken(window: Window, place: int, path: str, number: int, message: str) -> DataError:
+    """Return the error about a list that is broken at a place, in or after row `number`."""
+    near = window.text[place : place + 40]
+    line, column = window.position(place)
+    if message.startswith("Unterminated string") or not near.strip(_BLANK):
+        return DataError(f"{path}:{number}: not JSON: the file ends inside row {number}, line {line} (truncated?)")
+    return DataError(f"{path}:{number}: not JSON at line {line}, column {column}: {message}, near {near!r}")
