@@ -37,6 +37,8 @@ def gradients(folder, rows, micro_batch_size, **options):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     examples = [row.example() for row in Encoder(tokenizer, load_template("alpaca_short"), 128).encode(rows)]
     with Ranks(config) as ranks:
+        assert ranks.agree("the same on every rank")
+        assert ranks.agree(str(ranks.rank)) == (ranks.world_size == 1)
         model = with_adapter(folder, ranks.placement, **options)
         learner = Learner(model, ranks, micro_batch_size, pad_id=0, weight_decay=0.0, max_norm=0.0)
         kept = []
@@ -76,16 +78,11 @@ def test_two_ranks_give_the_gradient_of_one(tiny_llama, rows, tmp_path):
         import sys; sys.path[:0] = {sys.path!r}
         import torch
         from lora_alpaca.prompts import Conversation, Message
-        from lora_alpaca.config import FinetuneConfig
-        from lora_alpaca.ranks import Ranks
-        from test_step import OPTIONS, gradients
-        import os
-        with Ranks(FinetuneConfig(**OPTIONS)) as ranks:
-            assert ranks.agree("the same"), "two equal values are told apart"
-            assert not ranks.agree(os.environ["RANK"]), "two different values are taken as equal"
+        from test_step import gradients
         rows = {rows[:7]!r}
         found, loss = gradients({str(tiny_llama)!r}, rows, 2)
         assert not torch.distributed.is_initialized(), "the process group was left open"
+        import os
         torch.save((found, loss), {str(tmp_path)!r} + "/" + os.environ["RANK"])
         """)
     )
