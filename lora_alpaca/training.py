@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from lora_alpaca.batching import rows_of_step
 from lora_alpaca.checkpoints import Checkpoint
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.encoding import Encoder, Example
+from lora_alpaca.engine import Settings, fitted
 from lora_alpaca.planning import Plan
 from lora_alpaca.prompts import load_template
 from lora_alpaca.ranks import Ranks
@@ -30,7 +32,7 @@ def finetune(config: FinetuneConfig) -> Run:
     and keeps the adapter with the best validation loss. On one CPU, one config gives bit-identical adapters.
     Raises the children of LoraAlpacaError, and those about options, folders and data before a model is loaded.
     """
-    with Ranks(config) as ranks:
+    with Ranks(config) as ranks, ExitStack() as until_trained:
         say = ranks.reporter.say
         output_dir = Path(config.output_dir).expanduser()
         if config.resume and folders.read_record(output_dir).get("status") == "finished":
@@ -71,14 +73,27 @@ def finetune(config: FinetuneConfig) -> Run:
             model = adapters.load(model, start, trainable=True, dropout=config.lora_dropout)
         else:
             model = adapters.attach(model, config, base)
+        lengths = tuple(len(example.input_ids) for example in train)
         if not resumed:
-            plan.gradient_checkpointing = planning.wants_checkpointing(config, model, ranks.device, plan, train)
+            planning.resolve_engine(config, plan, model, ranks.device, lengths, ranks.world_size)
         if plan.gradient_checkpointing:
             model.enable_input_require_grads()
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        learner = Learner(
-            model, ranks, plan.micro_batch_size, tokenizer.pad_token_id, config.weight_decay, config.max_grad_norm
+        settings = Settings(
+            plan.engine,
+            ranks.device,
+            ranks.placement.dtype,
+            plan.token_budget,
+            config.share_prefix,
+            plan.micro_batch_size,
+            tokenizer.pad_token_id,
+            plan.compiled,
+            checked=resumed is not None,
         )
+        engine, said = until_trained.enter_context(fitted(model, settings, train, lengths, ranks.autocast))
+        say(*said)
+        plan.engine = engine.name
+        learner = Learner(engine, ranks, config.weight_decay, config.max_grad_norm)
 
         ranks.wait()  # until all have looked at the folder that the first now makes its own
         if ranks.first:

@@ -20,6 +20,7 @@ LAYERS = [  # a module imports only from lines above its own
     "data",
     "encoding",
     "batching",
+    "packing",
     "quantization",
     "folders",
     "models",
@@ -27,6 +28,7 @@ LAYERS = [  # a module imports only from lines above its own
     "checkpoints",
     "records",
     "reports",
+    "engine",
     "ranks",
     "planning",
     "step",
@@ -51,7 +53,7 @@ HOMES = {  # the modules that may import a library
     "tokenizers": {"encoding"},
     "torch": set(LAYERS) - {"errors", "options", "config", "prompts", "data", "cli"},
     "tqdm": {"reports"},
-    "transformers": {"adapters", "generation", "models", "quantization"},
+    "transformers": {"adapters", "engine", "generation", "models", "quantization"},
     "wandb": {"reports"},
 }
 

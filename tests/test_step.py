@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from lora_alpaca import adapters, models
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.encoding import Encoder, Example
+from lora_alpaca.engine import Padded
 from lora_alpaca.errors import TrainingError
 from lora_alpaca.prompts import load_template
 from lora_alpaca.ranks import Ranks
@@ -30,6 +31,11 @@ def with_adapter(folder, placement, **options):
     return model
 
 
+def padded(model, micro_batch_size):
+    """Return the engine of padded rows, on the model as it is."""
+    return Padded(model, torch.device("cpu"), None, micro_batch_size, pad_id=0)
+
+
 def gradients(folder, rows, micro_batch_size, **options):
     """Return the LoRA gradients of one step over all rows, with B not zero, as one vector, and the mean loss."""
     config = FinetuneConfig(**OPTIONS | options)
@@ -37,7 +43,7 @@ def gradients(folder, rows, micro_batch_size, **options):
     examples, _ = Encoder(tokenizer, load_template("alpaca_short"), 128).encode(rows)
     with Ranks(config) as ranks:
         model = with_adapter(folder, ranks.placement, **options)
-        learner = Learner(model, ranks, micro_batch_size, pad_id=0, weight_decay=0.0, max_norm=0.0)
+        learner = Learner(padded(model, micro_batch_size), ranks, weight_decay=0.0, max_norm=0.0)
         kept = []
         learner.optimizer.step = lambda: kept.append(torch.cat([p.grad.flatten().clone() for p in learner.parameters]))
         step = learner.step(examples, 0.0, number=1)
@@ -96,7 +102,7 @@ def test_a_loss_that_is_not_finite_moves_nothing(tiny_llama, rows):
     config = FinetuneConfig(**OPTIONS)
     with Ranks(config) as ranks:
         model = with_adapter(tiny_llama, ranks.placement)
-        learner = Learner(model, ranks, 2, pad_id=0, weight_decay=0.0, max_norm=1.0)
+        learner = Learner(padded(model, 2), ranks, weight_decay=0.0, max_norm=1.0)
         before = adapters.state(model)
         model.get_output_embeddings().weight.data[0] = float("nan")
         with pytest.raises(TrainingError, match="step 7: the loss is nan"):
@@ -113,7 +119,7 @@ def test_the_validation_loss_does_not_depend_on_the_micro_batch(tiny_llama, rows
     examples, _ = Encoder(tokenizer, load_template("alpaca_short"), 128).encode(rows[:9])
     with Ranks(config) as ranks:
         model = with_adapter(tiny_llama, ranks.placement)
-        losses = [Learner(model, ranks, size, 0, 0.0, 1.0).evaluate(examples) for size in (1, 4, 9)]
+        losses = [Learner(padded(model, size), ranks, 0.0, 1.0).evaluate(examples) for size in (1, 4, 9)]
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
 
 
@@ -121,10 +127,10 @@ def test_optimizer_state_comes_back(tiny_llama, rows):
     config = FinetuneConfig(**OPTIONS)
     with Ranks(config) as ranks:
         model = with_adapter(tiny_llama, ranks.placement)
-        learner = Learner(model, ranks, 2, pad_id=0, weight_decay=0.0, max_norm=1.0)
+        learner = Learner(padded(model, 2), ranks, weight_decay=0.0, max_norm=1.0)
         learner.step([Example([1, 5, 6], [-100, 5, 6])], 1e-3, number=1)
         state = learner.optimizer_state()
-        again = Learner(model, ranks, 2, pad_id=0, weight_decay=0.0, max_norm=1.0)
+        again = Learner(padded(model, 2), ranks, weight_decay=0.0, max_norm=1.0)
         again.load_optimizer_state(state)
     assert state
     assert all(torch.equal(state[name], again.optimizer_state()[name]) for name in state)
