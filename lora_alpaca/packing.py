@@ -23,7 +23,7 @@ import torch
 
 from lora_alpaca.encoding import IGNORED, Example
 
-LEAST_SAVED = 16  # tokens that a shared segment must save: a segment more is an attention call more in every layer
+LEAST_SAVED = 4  # tokens that a shared segment must save: a segment more is an attention call more in every layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +68,8 @@ def pack(examples: Sequence[Example], share: bool = True, device: torch.device |
 
     def put(members: Sequence[int], start: int, stop: int, above: tuple[int, ...]) -> tuple[int, ...]:
         """Append one segment, the tokens `start` to `stop` of all its members; return the path with it."""
+        if start == stop:
+            return above
         begin = len(ids)
         ids.extend(rows[members[0]][start:stop])
         positions.extend(range(start, stop))
@@ -79,14 +81,16 @@ def pack(examples: Sequence[Example], share: bool = True, device: torch.device |
     def grow(members: Sequence[int], start: int, above: tuple[int, ...]) -> None:
         """Append the subtree of rows, in order, that agree in their first `start` tokens."""
         stop = _shared(rows[members[0]], rows[members[-1]])  # in order: what the first and the last share, all share
-        if (stop - start) * (len(members) - 1) < LEAST_SAVED:
-            for member in members:
-                put([member], start, len(rows[member]), above)
-            return
-        above = put(members, start, stop, above)
-        going_on = [member for member in members if len(rows[member]) > stop]
-        for _, branch in groupby(going_on, key=lambda member: rows[member][stop]):
-            grow(list(branch), stop, above)
+        if (stop - start) * (len(members) - 1) >= LEAST_SAVED:
+            above = put(members, start, stop, above)
+            start = stop
+        for following, branch in groupby(members, key=lambda member: rows[member][stop : stop + 1]):
+            alike = list(branch)
+            if following and len(alike) > 1:
+                grow(alike, start, above)
+            else:  # rows that end here, or a row that goes on alone
+                for member in alike:
+                    put([member], start, len(rows[member]), above)
 
     if share:
         grow(sorted(range(len(rows)), key=rows.__getitem__), 0, ())
@@ -120,10 +124,10 @@ def packs(examples: Sequence[Example], token_budget: int, share: bool = True) ->
     rows = {number: _needed(example) for number, example in enumerate(examples) if example.scored()}
     order = sorted(rows, key=rows.__getitem__) if share else list(rows)
     lengths = [len(rows[number]) for number in order]
-    added = list(lengths)  # tokens that a row adds to the pack of the row before it
+    added = list(lengths)  # tokens that a row adds, at most, to the pack of the row before it
     for place in range(1, len(order)) if share else ():
         shared = _shared(rows[order[place - 1]], rows[order[place]])
-        added[place] -= shared if shared >= LEAST_SAVED else 0
+        added[place] -= max(0, shared - LEAST_SAVED + 1)  # what is not worth a segment stays with each row
 
     def filled(capacity: int) -> list[list[int]]:
         parts: list[list[int]] = []
