@@ -1,7 +1,5 @@
 """8-bit and 4-bit bases with bitsandbytes: the settings, the corrections the library needs, and what it cannot do."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,25 +47,14 @@ def correct(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # a plain attribute, not a submodule
 
 
-@dataclass(frozen=True)
-class FrozenWeight:
-    """The weight of a quantised layer: `matrix(dtype)` [out, in], to be multiplied by `scale` [out] if there is one."""
-
-    matrix: Callable[[torch.dtype], torch.Tensor]
-    scale: torch.Tensor | None = None
-
-
-def frozen_weight(module: torch.nn.Module) -> FrozenWeight | None:
-    """Return the weight of an 8-bit or 4-bit layer as it lies in storage, or None for any other module."""
+def eight_bit_weight(module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return int8 weight [out, in] and fp32 scale of its rows [out] of an 8-bit layer; None for any other module."""
     if type(module).__module__.partition(".")[0] != "bitsandbytes":
         return None
-    from bitsandbytes import functional, nn
+    from bitsandbytes.nn import Linear8bitLt
 
-    if isinstance(module, nn.Linear8bitLt):
-        if module.weight.CB is not None:  # the layer takes its weights over from the parameter at its first use
-            module.init_8bit_state()
-        return FrozenWeight(module.state.CB.to, module.state.SCB.float() / 127)
-    if isinstance(module, nn.Linear4bit):
-        weight = module.weight
-        return FrozenWeight(lambda dtype: functional.dequantize_4bit(weight.data, weight.quant_state).to(dtype))
-    return None
+    if not isinstance(module, Linear8bitLt):
+        return None
+    if module.weight.CB is not None:  # the layer takes its weight over from the parameter at its first use
+        module.init_8bit_state()
+    return module.state.CB, module.state.SCB.float() / 127

@@ -18,6 +18,7 @@ import torch
 
 from lora_alpaca.encoding import Example
 from lora_alpaca.engine import parts, pointwise
+from lora_alpaca.engine.allocator import keep_large_buffers
 from lora_alpaca.engine.check import ROUNDED, TOLERANCES, Precision, difference, loss_and_gradient, sample
 from lora_alpaca.engine.paths import Batch, Engine, Packed, Padded
 from lora_alpaca.errors import ModelError
@@ -49,6 +50,8 @@ def fitted(
     Raises ModelError where packs were asked for and the model cannot take them.
     """
     begun, said = time.perf_counter(), []
+    if settings.device.type == "cpu":
+        keep_large_buffers()
     base = model.get_base_model()
     functions = pointwise.Pointwise()
     if settings.compiled:

@@ -1,4 +1,4 @@
-"""A frozen quantised layer that computes with its weights in the compute dtype, made when needed and not kept.
+"""A frozen 8-bit layer that computes with its weights in the compute dtype, made at every use and not kept.
 
 The backward of a frozen layer is a product with the same weights, so nothing of their size outlives a call.
 """
@@ -10,37 +10,37 @@ import torch
 import torch.nn.functional as F
 
 from lora_alpaca import quantization
-from lora_alpaca.quantization import FrozenWeight
 
 
 class FrozenLinear(torch.autograd.Function):
-    """`x` [..., in] times the weights of a quantised layer: [..., out]."""
+    """`x` [..., in] times int8 weights [out, in] whose rows have a scale [out]: [..., out].
+
+    The scale of a row commutes with the product. On the outputs it is cheaper, and rounds less, than on the weights.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: FrozenWeight) -> torch.Tensor:
-        """Return the product. A scale of whole rows commutes with it, and is cheaper on the few outputs."""
-        ctx.weight = weight
-        y = F.linear(x, weight.matrix(x.dtype))  # [..., out]
-        return y if weight.scale is None else y.mul_(weight.scale)
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Return the product in the dtype of `x`."""
+        ctx.save_for_backward(weight, scale)
+        return F.linear(x, weight.to(x.dtype)).mul_(scale)
 
     @staticmethod
-    def backward(ctx: Any, by_y: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, by_y: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         """Return the gradient by `x`."""
-        weight = ctx.weight
-        if weight.scale is not None:
-            by_y = (by_y * weight.scale).to(by_y.dtype)
-        return by_y @ weight.matrix(by_y.dtype), None
+        weight, scale = ctx.saved_tensors
+        return (by_y * scale).to(by_y.dtype) @ weight.to(by_y.dtype), None, None
 
 
-def frozen_forward(module: torch.nn.Module, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """Return a forward for a quantised layer that computes in `dtype`, or None for any other module."""
-    weight = quantization.frozen_weight(module)
-    if weight is None:
+def frozen_forward(module: Any, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """Return a forward for an 8-bit layer that computes in `dtype`, or None for any other module."""
+    stored = quantization.eight_bit_weight(module)
+    if stored is None:
         return None
+    weight, scale = stored
     bias = None if module.bias is None else module.bias.to(dtype)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        y = FrozenLinear.apply(x.to(dtype), weight)
+        y: torch.Tensor = FrozenLinear.apply(x.to(dtype), weight, scale)
         return y if bias is None else y + bias
 
     return forward
