@@ -56,7 +56,7 @@ def fitted(
     functions = pointwise.Pointwise()
     if settings.compiled:
         functions = pointwise.compiled()
-        if reason := pointwise.trouble(functions, settings.device, settings.dtype):
+        if reason := pointwise.trouble(functions, settings.device):
             said.append(f"torch.compile fails here ({reason}); going on without it, only slower")
             functions = pointwise.Pointwise()
     was_training = model.training

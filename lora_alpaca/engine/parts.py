@@ -84,20 +84,22 @@ def _gated_mlp(module: Any, pointwise: Pointwise) -> Forward | None:
     return lambda x: module.down_proj(gate(module.gate_proj(x), module.up_proj(x)))
 
 
-@torch.no_grad()
 def _computes_the_same(module: Any, ours: Forward, dtype: torch.dtype, tolerance: float) -> bool:
-    """Return whether two forwards agree on random input, of the width of the first weight found."""
+    """Return whether two forwards, and their gradients, agree on random input."""
     weight = next(module.parameters())
     width = getattr(module, "in_features", None) or getattr(module, "hidden_size", None) or weight.shape[-1]
     draw = torch.Generator().manual_seed(0)  # a probe leaves the random state alone
-    x = torch.randn(1, 4, width, generator=draw).to(weight.device, dtype)
-    return _close(ours(x), module(x), tolerance)
+    x = torch.randn(1, 4, width, generator=draw).to(weight.device, dtype).requires_grad_()
+    y = module(x)
+    by_y = torch.randn(y.shape, generator=draw).to(y.device, y.dtype)
+    found, expected = ((out, *torch.autograd.grad(out, x, by_y)) for out in (ours(x), y))
+    return all(_close(one, other, tolerance) for one, other in zip(found, expected, strict=True))
 
 
 def _close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
     """Return whether the relative error of a tensor is below a tolerance."""
-    error = (found.float() - expected.float()).norm() / expected.float().norm()
-    return bool(error < tolerance)
+    found, expected = found.detach().float(), expected.detach().float()
+    return bool((found - expected).norm() < tolerance * expected.norm())
 
 
 def _set(undo: ExitStack, module: Any, name: str, value: Any) -> None:
