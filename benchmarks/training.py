@@ -60,10 +60,10 @@ OURS: dict[str, tuple[int, dict[str, Any]]] = {  # bits, settings
 }
 
 
-def rows(shape: str, train_on_inputs: bool, count: int | None = None) -> list[Example]:
+def rows(shape: str, train_on_inputs: bool) -> list[Example]:
     """Return rows with the preambles and lengths of Alpaca data, of random tokens, the same at every call."""
     draw = random.Random(0)
-    usual, median, spread = SHAPES[shape]
+    count, median, spread = SHAPES[shape]
 
     def tokens(number: float) -> list[int]:
         return [draw.randrange(3, VOCABULARY) for _ in range(max(1, round(number)))]
@@ -71,7 +71,7 @@ def rows(shape: str, train_on_inputs: bool, count: int | None = None) -> list[Ex
     beginning, response = tokens(10), tokens(5)
     preambles = [beginning + tokens(18), beginning + tokens(26)]  # without and with an input
     examples = []
-    for _ in range(count or usual):
+    for _ in range(count):
         prompt = draw.choice(preambles) + tokens(draw.lognormvariate(3.0, 0.8)) + response
         answer = tokens(draw.lognormvariate(0, spread) * median)
         ids = (prompt + answer)[:512]
@@ -261,6 +261,7 @@ def main() -> None:
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
+    torch.set_num_threads(1)
     config = FinetuneConfig(dtype="auto", device="cpu", lora_dropout=0.0)
     dropout = 0.05 if asked.upstream else 0.0
     if asked.quick:
@@ -279,7 +280,7 @@ def main() -> None:
         save_model(folder, asked.width, asked.layers)
         tables = {}
         for shape in asked.shape or SHAPES:
-            examples = rows(shape, asked.upstream, 32 if asked.quick else None)
+            examples = rows(shape, asked.upstream)
             bench = Bench(folder, ranks, examples, dropout, compiled=True)
             print(f"{shape} rows: {len(examples)}, {sum(len(example.input_ids) for example in examples)} tokens")
             figures = table(bench, asked.rounds)

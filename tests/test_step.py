@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoTokenizer
 from lora_alpaca import adapters, models
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.encoding import Encoder, Example
-from lora_alpaca.engine import Padded
+from lora_alpaca.engine import Padded, Settings, fitted
 from lora_alpaca.errors import TrainingError
 from lora_alpaca.prompts import load_template
 from lora_alpaca.ranks import Ranks
@@ -36,18 +37,28 @@ def padded(model, micro_batch_size):
     return Padded(model, torch.device("cpu"), None, micro_batch_size, pad_id=0)
 
 
-def gradients(folder, rows, micro_batch_size, **options):
-    """Return the LoRA gradients of one step over all rows, with B not zero, as one vector, and the mean loss."""
+def packed(model, token_budget):
+    """Return the context of the engine of packs."""
+    settings = Settings("packed", torch.device("cpu"), torch.float32, token_budget, True, 4, 0, checked=True)
+    return fitted(model, settings, [], [], nullcontext)
+
+
+def gradients(folder, rows, micro_batch_size, token_budget=None, **options):
+    """Return the LoRA gradients of one step over all rows, with B not zero, as one vector, and the mean loss.
+
+    Rows are padded, or packed where there is a token budget.
+    """
     config = FinetuneConfig(**OPTIONS | options)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     examples, _ = Encoder(tokenizer, load_template("alpaca_short"), 128).encode(rows)
     with Ranks(config) as ranks:
         model = with_adapter(folder, ranks.placement, **options)
-        learner = Learner(padded(model, micro_batch_size), ranks, weight_decay=0.0, max_norm=0.0)
-        kept = []
-        learner.optimizer.step = lambda: kept.append(torch.cat([p.grad.flatten().clone() for p in learner.parameters]))
-        step = learner.step(examples, 0.0, number=1)
-    return kept[0], step.loss
+        context = packed(model, token_budget) if token_budget else nullcontext((padded(model, micro_batch_size), []))
+        with context as (engine, _):
+            learner, kept = Learner(engine, ranks, weight_decay=0.0, max_norm=0.0), []
+            learner.optimizer.step = lambda: kept.extend(p.grad.flatten().clone() for p in learner.parameters)
+            step = learner.step(examples, 0.0, number=1)
+    return torch.cat(kept), step.loss
 
 
 def reference(folder, rows):
@@ -73,6 +84,14 @@ def test_any_micro_batch_gives_the_gradient_of_the_whole_batch(tiny_llama, rows)
         assert found_loss == pytest.approx(loss, rel=1e-6)
 
 
+@pytest.mark.parametrize("token_budget", [1, 150, 10_000])
+def test_any_packs_give_the_gradient_of_the_whole_batch(tiny_llama, rows, token_budget):
+    expected, loss = reference(tiny_llama, rows[:12])
+    found, found_loss = gradients(tiny_llama, rows[:12], 4, token_budget)
+    assert (found - expected).norm() / expected.norm() < 1e-5
+    assert found_loss == pytest.approx(loss, rel=1e-6)
+
+
 @pytest.mark.slow
 def test_two_ranks_give_the_gradient_of_one(tiny_llama, rows, tmp_path):
     program = tmp_path / "two_ranks.py"
@@ -83,17 +102,18 @@ def test_two_ranks_give_the_gradient_of_one(tiny_llama, rows, tmp_path):
         from lora_alpaca.prompts import Conversation
         from test_step import gradients
         rows = {rows[:7]!r}
-        found, loss = gradients({str(tiny_llama)!r}, rows, 2)
-        assert not torch.distributed.is_initialized(), "the process group was left open"
         import os
-        torch.save((found, loss), {str(tmp_path)!r} + "/" + os.environ["RANK"])
+        for budget in (None, 100):
+            found = gradients({str(tiny_llama)!r}, rows, 2, budget)
+            torch.save(found, {str(tmp_path)!r} + f"/{{budget}}-" + os.environ["RANK"])
+        assert not torch.distributed.is_initialized(), "the process group was left open"
         """)
     )
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(program)]
     subprocess.run(launcher, check=True, capture_output=True, cwd=tmp_path)
     expected, loss = gradients(tiny_llama, rows[:7], 7)
-    for rank in "01":
-        found, found_loss = torch.load(tmp_path / rank)
+    for name in ("None-0", "None-1", "100-0", "100-1"):
+        found, found_loss = torch.load(tmp_path / name)
         assert (found - expected).norm() / expected.norm() < 1e-5
         assert found_loss == pytest.approx(loss, rel=1e-5)
 
