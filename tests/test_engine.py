@@ -10,7 +10,7 @@ from engines import CPU, error, fit, make, reference, rows, settings
 
 from lora_alpaca import adapters
 from lora_alpaca.config import FinetuneConfig
-from lora_alpaca.engine import attention, check, parts
+from lora_alpaca.engine import attention, check, fitted, parts
 from lora_alpaca.engine.loss import ScoredCrossEntropy, score, score_in_place
 from lora_alpaca.errors import ModelError
 from lora_alpaca.models import Placement, load_base, locate_base
@@ -66,6 +66,41 @@ def test_padded_on_demand():
     name, off = error(model, examples, settings(engine="padded"))
     assert name == "padded"
     assert off < EXACT
+
+
+def test_activations_are_recomputed_where_that_is_asked_for():
+    model, examples = make("Llama").train(), rows()
+    expected, calls = reference(model, examples), []
+    model.enable_input_require_grads()
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    for layer in model.get_base_model().model.layers:
+        layer.self_attn.register_forward_hook(lambda *_: calls.append(0))
+    with fit(model, settings(engine="packed", checked=True, token_budget=10_000), examples) as (engine, _):
+        model.train()  # which is when the library recomputes
+        calls.clear()
+        found = check.loss_and_gradient(engine, examples, nullcontext)
+    assert len(calls) == 2 * 2  # each of two layers, forward and once more for the backward
+    assert check.difference(found, expected) < EXACT
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("engine", ["packed", "padded"])
+def test_half_precision_differs_by_its_rounding(dtype, engine):
+    examples = rows()
+    expected = reference(make("Qwen3"), examples)
+    model = make("Qwen3")
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+
+    def autocast():
+        return torch.autocast("cpu", dtype)
+
+    chosen = settings(engine=engine, dtype=dtype)
+    with fitted(model, chosen, examples, [1] * len(examples), autocast) as (fitted_engine, _):
+        found = check.loss_and_gradient(fitted_engine, examples, autocast)
+    assert fitted_engine.name == engine
+    assert 1e-5 < check.difference(found, expected) < 0.03
 
 
 # ----------------------------------------------------------------------------------------------- where packs do not fit

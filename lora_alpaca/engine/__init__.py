@@ -62,8 +62,9 @@ def fitted(
     was_training = model.training
     model.eval()  # what is compared is without dropout
     with ExitStack() as put_in:
-        put_in.enter_context(parts.put_in(base, settings.dtype, functions))
-        score = functions.score if parts.has_plain_head(base) else None
+        with precision():  # for what is probed
+            put_in.enter_context(parts.put_in(base, settings.dtype, functions))
+            score = functions.score if parts.has_plain_head(base) else None
         engine: Engine = Padded(model, settings.device, score, settings.micro_batch_size, settings.pad_id)
         if settings.engine != "padded":
             packed = Packed(model, settings.device, score, settings.token_budget, settings.share_prefix)

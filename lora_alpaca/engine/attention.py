@@ -10,6 +10,7 @@ pack would mix up rows, and is an error.
 Shapes: N tokens, H query heads, G key and value heads, D head size.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -93,14 +94,18 @@ def _in_blocks(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pack: PackedBatch, dropout: float, scale: float | None
 ) -> torch.Tensor:
     """Return [1, H, N, D]: one FlexAttention call that skips the blocks in which nothing sees anything."""
-    from torch.nn.attention.flex_attention import flex_attention
-
     if dropout:
         raise NotImplementedError(f"its attention has a dropout of {dropout}, which FlexAttention does not know")
-    # dynamic: packs differ in length, and each length would be compiled anew
-    attend = torch.compile(flex_attention, dynamic=True) if query.is_cuda else flex_attention
-    mask = block_mask(pack, query.device)
+    attend, mask = _flex_attention(compiled=query.is_cuda), block_mask(pack, query.device)
     return attend(query, key, value, block_mask=mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
+
+
+@cache
+def _flex_attention(compiled: bool) -> Any:
+    """Return FlexAttention, compiled once for packs of every length."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
 
 
 def block_mask(pack: PackedBatch, device: torch.device) -> Any:
