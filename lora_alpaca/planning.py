@@ -90,8 +90,8 @@ def resolve(config: FinetuneConfig, rows: int, world_size: int) -> Plan:
     )
 
 
-CPU_TOKENS = 2048  # enough to keep two cores at the speed of their matrix products; more only takes memory
-MOST_TOKENS = 16384  # and on a GPU
+CPU_TOKENS = 2048  # a pack on a CPU, where more would only take memory, and the smallest on a GPU
+MOST_TOKENS = 16384  # the largest on a GPU
 SLOW_WORK = {"cpu": 3e13, "cuda": 3e15}  # parameters x tokens of a run from which compiling pays for itself
 
 
