@@ -8,6 +8,8 @@ from itertools import product
 import pytest
 from engines import error, make, rows, settings
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.compile, about itself
+
 FACTORS = {
     "family": ("Llama", "Mistral", "Qwen2", "Qwen3"),
     "share": (True, False),

@@ -7,10 +7,11 @@ import textwrap
 
 import pytest
 import torch
-from engines import CPU, error, make, rows, settings
+from engines import CPU, error, fit, make, rows, settings
 
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.engine import parts, pointwise
+from lora_alpaca.engine.loss import score_in_place
 from lora_alpaca.engine.pointwise import Pointwise
 from lora_alpaca.planning import Plan, resolve_engine
 
@@ -31,7 +32,7 @@ def in_a_process_of_its_own(program, tmp_path, **variables):
 
 
 FIT = """
-    from engines import error, fit, make, rows, settings
+    from engines import CPU, error, fit, make, rows, settings
     with fit(make("Llama"), settings(compiled=True), rows()) as (engine, said):
         print(engine.score.__name__, *said)
     print(error(make("Llama"), rows(), settings(compiled=True)))
@@ -55,6 +56,16 @@ def test_without_a_compiler_the_parts_are_eager_and_that_is_said(tmp_path):
     name, off = eval(said.splitlines()[-1])
     assert name == "packed"
     assert off < 1e-5
+
+
+def test_a_compiler_that_computes_something_else_is_not_used(monkeypatch):
+    def compile_wrongly(function, **options):
+        return lambda *inputs: tuple(output + 1 for output in function(*inputs))
+
+    monkeypatch.setattr(torch, "compile", compile_wrongly)
+    with fit(make("Llama"), settings(compiled=True), rows()) as (engine, said):
+        assert engine.score is score_in_place
+    assert "computes something else" in said[0]
 
 
 def eager(**changes):
@@ -88,7 +99,7 @@ def test_a_part_with_another_gradient_is_not_put_in():
 
 
 def test_the_parts_before_they_are_compiled(monkeypatch):
-    monkeypatch.setattr(pointwise, "compiled", eager)
+    monkeypatch.setattr(pointwise, "compiled", lambda device: (eager(), ""))
     assert error(make("Qwen3"), rows(), settings(compiled=True)) == ("packed", pytest.approx(0, abs=1e-5))
 
 

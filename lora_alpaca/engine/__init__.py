@@ -55,10 +55,9 @@ def fitted(
     base = model.get_base_model()
     functions = pointwise.Pointwise()
     if settings.compiled:
-        functions = pointwise.compiled()
-        if reason := pointwise.trouble(functions, settings.device):
+        functions, reason = pointwise.compiled(settings.device)
+        if reason:
             said.append(f"torch.compile fails here ({reason}); going on without it, only slower")
-            functions = pointwise.Pointwise()
     was_training = model.training
     model.eval()  # what is compared is without dropout
     with ExitStack() as put_in:

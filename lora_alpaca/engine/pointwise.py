@@ -32,24 +32,23 @@ class Pointwise:
     silu_gate: Tensors | None = None
 
 
-def compiled() -> Pointwise:
-    """Return the functions for torch.compile to compile at their first use, for all lengths at once."""
-    return Pointwise(
-        score=torch.compile(score, dynamic=True),
-        rms_norm=torch.compile(rms_norm, dynamic=True),
-        silu_gate=torch.compile(silu_gate, dynamic=True),
-    )
+def compiled(device: torch.device) -> tuple[Pointwise, str]:
+    """Return functions that are compiled at their first use, for all lengths at once, and an empty text.
 
-
-def trouble(functions: Pointwise, device: torch.device) -> str:
-    """Return why compiled functions cannot be had here, or nothing. No C++ compiler is the usual reason.
-
-    One function tells it for all. What the others compute is probed where they are put in.
+    Where nothing can be compiled, usually for want of a C++ compiler, return the eager ones, and why. One function
+    tells it for all; what the others compute is probed where they are put in.
     """
     logits, labels = torch.randn(3, 64, device=device), torch.arange(3, device=device)
     try:
+        functions = Pointwise(
+            score=torch.compile(score, dynamic=True),
+            rms_norm=torch.compile(rms_norm, dynamic=True),
+            silu_gate=torch.compile(silu_gate, dynamic=True),
+        )
         found, expected = (make(logits, labels, torch.ones_like(logits[:, 0])) for make in (functions.score, score))
     except Exception as error:  # the compiler's errors have no common base
-        return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    same = all(torch.allclose(one, other, atol=1e-5) for one, other in zip(found, expected, strict=True))
-    return "" if same else "what it makes computes something else"
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        return Pointwise(), reason
+    if not all(torch.allclose(one, other, atol=1e-5) for one, other in zip(found, expected, strict=True)):
+        return Pointwise(), "what it makes computes something else"
+    return functions, ""
