@@ -20,7 +20,7 @@ FACTORS = {
 }
 
 
-@pytest.mark.parametrize(tuple(FACTORS), product(*FACTORS.values()))
+@pytest.mark.parametrize(tuple(FACTORS), list(product(*FACTORS.values())))
 def test_exact(family, share, inputs, compiled, budget, ranks):
     chosen = settings(share_prefix=share, token_budget=budget, compiled=compiled)
     name, off = error(make(family), rows(train_on_inputs=inputs), chosen, ranks)
