@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test stress check format wheel clean
+.PHONY: help demo test stress exact bench check format wheel clean
 
 help:  ## say what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -23,6 +23,12 @@ test: check  ## check the code and run every test
 
 stress: $(STAMP)  ## the long form of the tests that draw their cases at random
 	STRESS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) tests/test_properties.py tests/test_fuzz.py
+
+exact: $(STAMP)  ## compare the gradients of packs with plain transformers, in every combination
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) tests/exact.py
+
+bench: $(STAMP)  ## time a training step against what else there is, five minutes
+	$(BIN)/python benchmarks/training.py --quick
 
 check: $(STAMP)  ## lint, formatting and types
 	$(BIN)/ruff check

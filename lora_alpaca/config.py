@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, model_validator
 
 from lora_alpaca.common_options import ADAPTER_DIR, EXPORT_DIR, DataOptions, ModelOptions
 from lora_alpaca.errors import ConfigError
-from lora_alpaca.options import AutoBool, Device, Dtype, Finite, Names, Options, lower, option
+from lora_alpaca.options import AutoBool, Device, Dtype, Engine, Finite, Names, Options, lower, option
 
 
 class FinetuneConfig(DataOptions, ModelOptions):
@@ -73,7 +73,25 @@ class FinetuneConfig(DataOptions, ModelOptions):
     )
     weight_decay: Finite = option(0.0, "training", "AdamW weight decay of the LoRA parameters.", ge=0)
     max_grad_norm: Finite = option(1.0, "training", "Gradients are scaled down to this norm; 0 turns it off.", ge=0)
-    group_by_length: bool = option(False, "training", "Put rows of like length into one batch: less padding.")
+    group_by_length: bool = option(
+        False, "training", "Put rows of like length into one batch: less padding. Packs have none, and do not need it."
+    )
+    engine: Engine = option(
+        "auto",
+        "training",
+        "How rows are computed: packed (without padding) or padded; auto packs where the model is found able to.",
+    )
+    token_budget: int | None = option(
+        None, "training", "Most tokens in a pack.", unit="tokens", auto="2048 on a CPU, by memory on a GPU", ge=1
+    )
+    share_prefix: bool = option(
+        True,
+        "training",
+        "Compute what rows of a pack begin with, such as the template's preamble, once; they share its dropout too.",
+    )
+    compile: AutoBool = option(
+        "auto", "training", "Compile norms, gates and loss with torch.compile: auto (on long runs), True or False."
+    )
     gradient_checkpointing: AutoBool = option(
         "auto", "training", "Recompute activations in the backward pass to save memory: auto, True or False."
     )

@@ -36,6 +36,7 @@ Names = Annotated[list[str], BeforeValidator(_names), Field(min_length=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Dtype = Annotated[Literal["auto", "bf16", "fp16", "fp32"], BeforeValidator(lower)]
 Device = Annotated[Literal["auto", "cuda", "mps", "cpu"], BeforeValidator(lower)]
+Engine = Annotated[Literal["auto", "packed", "padded"], BeforeValidator(lower)]
 AutoBool = Annotated[Literal["auto", "true", "false"], BeforeValidator(lambda value: str(value).lower())]
 
 

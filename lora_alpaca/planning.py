@@ -2,8 +2,9 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -12,7 +13,6 @@ from lora_alpaca.batching import steps_per_epoch
 from lora_alpaca.common_options import DEMO, UPSTREAM_DATA
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.errors import ConfigError
-from lora_alpaca.examples import Examples
 from lora_alpaca.models import Base
 from lora_alpaca.reports import Reporter
 
@@ -27,6 +27,9 @@ class Plan:
     save_steps: int
     micro_batch_size: int
     gradient_checkpointing: bool = False
+    engine: Literal["auto", "packed", "padded"] = "auto"
+    token_budget: int = 2048
+    compiled: bool = False
 
     def __str__(self) -> str:
         return (
@@ -88,17 +91,35 @@ def resolve(config: FinetuneConfig, rows: int, world_size: int) -> Plan:
     )
 
 
-def wants_checkpointing(config: FinetuneConfig, model: Any, device: torch.device, plan: Plan, train: Examples) -> bool:
-    """Return whether to recompute activations: as said, or on CUDA where the longest micro-batch might not fit.
+CPU_TOKENS = 2048  # a pack on a CPU, where more would only take memory, and the smallest on a GPU
+MOST_TOKENS = 16384  # the largest on a GPU
+SLOW_WORK = {"cpu": 3e13, "cuda": 3e15}  # parameters x tokens of a run from which compiling pays for itself
 
-    The estimate, about 34 bytes a token, layer and unit of width plus the logits, is the one of arXiv:2205.05198 with
-    attention that keeps no score matrix.
+
+def resolve_engine(
+    config: FinetuneConfig, plan: Plan, model: Any, device: torch.device, lengths: Sequence[int], world_size: int
+) -> None:
+    """Choose, into the plan, the token budget of a pack, whether to compile, and whether to recompute activations.
+
+    Activations take about 34 bytes a token, layer and unit of width (arXiv:2205.05198, for attention that keeps no
+    score matrix). On CUDA a pack may take half of what is free; below 2048 tokens, activations are recomputed.
     """
-    if config.gradient_checkpointing != "auto":
-        return config.gradient_checkpointing == "true"
-    if device.type != "cuda":
-        return False
     shape = model.config.get_text_config()
-    tokens = plan.micro_batch_size * max(train.lengths)
-    needed = tokens * (34 * shape.num_hidden_layers * shape.hidden_size + 10 * shape.vocab_size)
-    return needed > 0.7 * torch.cuda.mem_get_info(device)[0]
+    per_token = 34 * shape.num_hidden_layers * shape.hidden_size
+    tokens_a_step = math.ceil(sum(lengths) / len(lengths) * config.batch_size)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    budget = max(CPU_TOKENS, min(MOST_TOKENS, free // 2 // per_token))
+    plan.token_budget = config.token_budget or min(budget, math.ceil(tokens_a_step / world_size))
+    plan.engine = config.engine
+
+    work = sum(parameter.numel() for parameter in model.parameters()) * tokens_a_step * plan.total_steps / world_size
+    pays = work > SLOW_WORK.get(device.type, math.inf)
+    plan.compiled = config.compile == "true" or (config.compile == "auto" and pays)
+
+    padded = plan.micro_batch_size * max(lengths)
+    tokens = padded if config.engine == "padded" else max(plan.token_budget, max(lengths))
+    needed = tokens * (per_token + 10 * shape.vocab_size * (config.engine == "padded"))
+    wanted = device.type == "cuda" and needed > 0.7 * free
+    plan.gradient_checkpointing = config.gradient_checkpointing == "true" or (
+        config.gradient_checkpointing == "auto" and wanted
+    )

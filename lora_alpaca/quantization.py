@@ -45,3 +45,16 @@ def correct(model: torch.nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # a plain attribute, not a submodule
+
+
+def eight_bit_weight(module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return int8 weight [out, in] and fp32 scale of its rows [out] of an 8-bit layer; None for any other module."""
+    if type(module).__module__.partition(".")[0] != "bitsandbytes":
+        return None
+    from bitsandbytes.nn import Linear8bitLt
+
+    if not isinstance(module, Linear8bitLt):
+        return None
+    if module.weight.CB is not None:  # the layer takes its weight over from the parameter at its first use
+        module.init_8bit_state()
+    return module.state.CB, module.state.SCB.float() / 127

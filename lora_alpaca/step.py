@@ -5,29 +5,16 @@ update is the same however the rows are cut up. (A mean of micro-batch means is 
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from lora_alpaca.adapters import State, trainable
-from lora_alpaca.batching import Batch, micro_batches, pad
+from lora_alpaca.engine import Engine
 from lora_alpaca.errors import TrainingError
-from lora_alpaca.examples import IGNORED, Example
+from lora_alpaca.examples import Example
 from lora_alpaca.ranks import Ranks
-
-
-def summed_loss(model: Any, batch: Batch) -> torch.Tensor:
-    """Return the cross-entropy of a padded batch, summed over its labels, as an fp32 scalar."""
-    logits = model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    ).logits  # [B, T, V]
-    targets = batch["labels"][:, 1:]  # [B, T-1]  the logits at t predict the token at t + 1
-    return F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
 
 
 @dataclass
@@ -44,15 +31,12 @@ class Step:
 class Learner:
     """The trainable parameters of a model and the optimizer that moves them, on one rank of many."""
 
-    def __init__(
-        self, model: Any, ranks: Ranks, micro_batch_size: int, pad_id: int, weight_decay: float, max_norm: float
-    ):
-        self.model = model
+    def __init__(self, engine: Engine, ranks: Ranks, weight_decay: float, max_norm: float):
+        self.engine = engine
+        self.model = engine.model
         self.ranks = ranks
-        self.micro_batch_size = micro_batch_size
-        self.pad_id = pad_id
         self.max_norm = max_norm
-        self.parameters = trainable(model)
+        self.parameters = trainable(self.model)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, weight_decay=weight_decay)
 
     def step(self, examples: Sequence[Example], learning_rate: float, number: int) -> Step:
@@ -64,12 +48,12 @@ class Learner:
         labels = sum(example.scored() for example in examples)
         loss = torch.zeros((), device=self.ranks.device)
         own_labels = torch.zeros((), device=self.ranks.device)  # a tensor, for a number would make the device wait
-        for batch in self._own(examples):
+        for batch in self.engine.batches(examples, self.ranks.rank, self.ranks.world_size):
             with self.ranks.autocast():
-                part = summed_loss(self.model, batch) / labels
+                part = self.engine.loss(batch) / labels
             self.ranks.backward(part)
             loss += part.detach()
-            own_labels += (batch["labels"][:, 1:] != IGNORED).sum()
+            own_labels += batch.weights.sum()
         loss_value = self._reduce(loss, own_labels, labels)
         norm, scaler = self._unscaled_norm(), self.ranks.scaler
         overflow = scaler is not None and math.isfinite(loss_value) and not math.isfinite(norm)
@@ -98,20 +82,14 @@ class Learner:
         self.model.eval()
         totals = torch.zeros(2, dtype=torch.float64)  # loss, labels
         by_length = sorted(examples, key=lambda example: len(example.input_ids))  # like lengths: little padding
-        for batch in self._own(by_length):
+        for batch in self.engine.batches(by_length, self.ranks.rank, self.ranks.world_size):
             with self.ranks.autocast():
-                loss = summed_loss(self.model, batch)
-            totals += torch.tensor([loss.item(), (batch["labels"][:, 1:] != IGNORED).sum().item()], dtype=torch.float64)
+                loss = self.engine.loss(batch)
+            totals += torch.tensor([loss.item(), batch.weights.sum().item()], dtype=torch.float64)
         loss_sum, labels = self.ranks.sum(totals).tolist()
         if not math.isfinite(loss_sum):
             raise TrainingError(f"the validation loss is {loss_sum}; try --dtype fp32, or a lower --learning_rate")
         return loss_sum / labels
-
-    def _own(self, examples: Sequence[Example]) -> Iterable[Batch]:
-        """Yield this rank's rows as padded micro-batches on its device."""
-        ranks = self.ranks.rank, self.ranks.world_size
-        for rows in micro_batches(range(len(examples)), self.micro_batch_size, *ranks):
-            yield pad([examples[row] for row in rows], self.pad_id, self.ranks.device)
 
     def _reduce(self, loss: torch.Tensor, own_labels: torch.Tensor, labels: int) -> float:
         """Sum gradients, loss and label count over all ranks in one message; return the loss.

@@ -2,7 +2,7 @@
 
 import math
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from lora_alpaca.checkpoints import Checkpoint
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.data import Rows
 from lora_alpaca.encoding import Encoder
+from lora_alpaca.engine import Settings, fitted
 from lora_alpaca.errors import DataError
 from lora_alpaca.examples import Examples
 from lora_alpaca.options import user_path
@@ -38,7 +39,7 @@ def finetune(config: FinetuneConfig, rows: Rows | None = None) -> Run:
     and keeps the adapter with the best validation loss. On one CPU, one config gives bit-identical adapters.
     Raises the children of LoraAlpacaError, and those about options, folders and data before a model is loaded.
     """
-    with Ranks(config) as ranks:
+    with Ranks(config) as ranks, ExitStack() as until_trained:
         say = ranks.reporter.say
         output_dir = user_path(config.output_dir)
         if config.resume and folders.read_record(output_dir).get("status") == "finished":
@@ -85,14 +86,27 @@ def finetune(config: FinetuneConfig, rows: Rows | None = None) -> Run:
             model = adapters.load(model, start, trainable=True, dropout=config.lora_dropout)
         else:
             model = adapters.attach(model, config, base)
+        lengths = train.lengths
         if not resumed:
-            plan.gradient_checkpointing = planning.wants_checkpointing(config, model, ranks.device, plan, train)
+            planning.resolve_engine(config, plan, model, ranks.device, lengths, ranks.world_size)
         if plan.gradient_checkpointing:
             model.enable_input_require_grads()
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        learner = Learner(
-            model, ranks, plan.micro_batch_size, tokenizer.pad_token_id, config.weight_decay, config.max_grad_norm
+        settings = Settings(
+            plan.engine,
+            ranks.device,
+            ranks.placement.dtype,
+            plan.token_budget,
+            config.share_prefix,
+            plan.micro_batch_size,
+            tokenizer.pad_token_id,
+            plan.compiled,
+            checked=resumed is not None,
         )
+        engine, said = until_trained.enter_context(fitted(model, settings, train, lengths, ranks.autocast))
+        say(*said)
+        plan.engine = engine.name
+        learner = Learner(engine, ranks, config.weight_decay, config.max_grad_norm)
 
         ranks.wait()  # until all have looked at the folder that the first now makes its own
         if ranks.first:

@@ -19,7 +19,8 @@ FLAGS = {
         {MODEL} load_4bit load_8bit data_path columns skip_bad_rows output_dir prompt_template_name cutoff_len
         overlong val_set_size max_truncated max_dropped max_duplicates cache_dir train_on_inputs train_on
         add_eos_token batch_size micro_batch_size num_epochs max_steps learning_rate lr_scheduler warmup_steps
-        weight_decay max_grad_norm group_by_length gradient_checkpointing seed lora_r lora_alpha lora_dropout
+        weight_decay max_grad_norm group_by_length engine token_budget share_prefix compile
+        gradient_checkpointing seed lora_r lora_alpha lora_dropout
         lora_target_modules use_rslora use_dora init_adapter eval_steps save_steps logging_steps
         save_total_limit early_stopping_patience resume resume_from_checkpoint overwrite report_to wandb_project
         wandb_run_name wandb_watch wandb_log_model

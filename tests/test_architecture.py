@@ -25,6 +25,7 @@ LAYERS = [  # a module imports only from lines above its own
     "ledger",
     "preparation",
     "batching",
+    "packing",
     "quantization",
     "folders",
     "contracts",
@@ -33,6 +34,7 @@ LAYERS = [  # a module imports only from lines above its own
     "checkpoints",
     "records",
     "reports",
+    "engine",
     "ranks",
     "planning",
     "step",
@@ -59,9 +61,9 @@ HOMES = {  # the modules that may import a library
     "safetensors": {"adapters", "checkpoints", "folders", "models"},
     "tokenizers": {"tokenization"},
     "torch": {"adapters", "batching", "checkpoints", "exporting", "folders", "generation", "models", "planning"}
-    | {"quantization", "ranks", "step", "training", "webui"},
+    | {"engine", "packing", "quantization", "ranks", "step", "training", "webui"},
     "tqdm": {"reports"},
-    "transformers": {"adapters", "generation", "models", "quantization"},
+    "transformers": {"adapters", "engine", "generation", "models", "quantization"},
     "wandb": {"reports"},
 }
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import AutoTokenizer
 from lora_alpaca import adapters, models
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.encoding import Encoder
+from lora_alpaca.engine import Padded, Settings, fitted
 from lora_alpaca.errors import TrainingError
 from lora_alpaca.examples import Example
 from lora_alpaca.prompts import load_template
@@ -31,8 +33,22 @@ def with_adapter(folder, placement, **options):
     return model
 
 
-def gradients(folder, rows, micro_batch_size, **options):
-    """Return the LoRA gradients of one step over all rows, with B not zero, as one vector, and the mean loss."""
+def padded(model, micro_batch_size):
+    """Return the engine of padded rows, on the model as it is."""
+    return Padded(model, torch.device("cpu"), None, micro_batch_size, pad_id=0)
+
+
+def packed(model, token_budget):
+    """Return the context of the engine of packs."""
+    settings = Settings("packed", torch.device("cpu"), torch.float32, token_budget, True, 4, 0, checked=True)
+    return fitted(model, settings, [], [], nullcontext)
+
+
+def gradients(folder, rows, micro_batch_size, token_budget=None, **options):
+    """Return the LoRA gradients of one step over all rows, with B not zero, as one vector, and the mean loss.
+
+    Rows are padded, or packed where there is a token budget.
+    """
     config = FinetuneConfig(**OPTIONS | options)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     examples = [row.example() for row in Encoder(tokenizer, load_template("alpaca_short"), 128).encode(rows)]
@@ -40,11 +56,12 @@ def gradients(folder, rows, micro_batch_size, **options):
         assert ranks.agree("the same on every rank")
         assert ranks.agree(str(ranks.rank)) == (ranks.world_size == 1)
         model = with_adapter(folder, ranks.placement, **options)
-        learner = Learner(model, ranks, micro_batch_size, pad_id=0, weight_decay=0.0, max_norm=0.0)
-        kept = []
-        learner.optimizer.step = lambda: kept.append(torch.cat([p.grad.flatten().clone() for p in learner.parameters]))
-        step = learner.step(examples, 0.0, number=1)
-    return kept[0], step.loss
+        context = packed(model, token_budget) if token_budget else nullcontext((padded(model, micro_batch_size), []))
+        with context as (engine, _):
+            learner, kept = Learner(engine, ranks, weight_decay=0.0, max_norm=0.0), []
+            learner.optimizer.step = lambda: kept.extend(p.grad.flatten().clone() for p in learner.parameters)
+            step = learner.step(examples, 0.0, number=1)
+    return torch.cat(kept), step.loss
 
 
 def reference(folder, rows):
@@ -70,6 +87,14 @@ def test_any_micro_batch_gives_the_gradient_of_the_whole_batch(tiny_llama, rows)
         assert found_loss == pytest.approx(loss, rel=1e-6)
 
 
+@pytest.mark.parametrize("token_budget", [1, 150, 10_000])
+def test_any_packs_give_the_gradient_of_the_whole_batch(tiny_llama, rows, token_budget):
+    expected, loss = reference(tiny_llama, rows[:12])
+    found, found_loss = gradients(tiny_llama, rows[:12], 4, token_budget)
+    assert (found - expected).norm() / expected.norm() < 1e-5
+    assert found_loss == pytest.approx(loss, rel=1e-6)
+
+
 @pytest.mark.slow
 def test_two_ranks_give_the_gradient_of_one(tiny_llama, rows, tmp_path):
     program = tmp_path / "two_ranks.py"
@@ -80,17 +105,18 @@ def test_two_ranks_give_the_gradient_of_one(tiny_llama, rows, tmp_path):
         from lora_alpaca.prompts import Conversation, Message
         from test_step import gradients
         rows = {rows[:7]!r}
-        found, loss = gradients({str(tiny_llama)!r}, rows, 2)
-        assert not torch.distributed.is_initialized(), "the process group was left open"
         import os
-        torch.save((found, loss), {str(tmp_path)!r} + "/" + os.environ["RANK"])
+        for budget in (None, 100):
+            found = gradients({str(tiny_llama)!r}, rows, 2, budget)
+            torch.save(found, {str(tmp_path)!r} + f"/{{budget}}-" + os.environ["RANK"])
+        assert not torch.distributed.is_initialized(), "the process group was left open"
         """)
     )
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(program)]
     subprocess.run(launcher, check=True, capture_output=True, cwd=tmp_path)
     expected, loss = gradients(tiny_llama, rows[:7], 7)
-    for rank in "01":
-        found, found_loss = torch.load(tmp_path / rank)
+    for name in ("None-0", "None-1", "100-0", "100-1"):
+        found, found_loss = torch.load(tmp_path / name)
         assert (found - expected).norm() / expected.norm() < 1e-5
         assert found_loss == pytest.approx(loss, rel=1e-5)
 
@@ -99,7 +125,7 @@ def test_a_loss_that_is_not_finite_moves_nothing(tiny_llama, rows):
     config = FinetuneConfig(**OPTIONS)
     with Ranks(config) as ranks:
         model = with_adapter(tiny_llama, ranks.placement)
-        learner = Learner(model, ranks, 2, pad_id=0, weight_decay=0.0, max_norm=1.0)
+        learner = Learner(padded(model, 2), ranks, weight_decay=0.0, max_norm=1.0)
         before = adapters.state(model)
         model.get_output_embeddings().weight.data[0] = float("nan")
         with pytest.raises(TrainingError, match="step 7: the loss is nan"):
@@ -116,18 +142,20 @@ def test_the_validation_loss_does_not_depend_on_the_micro_batch(tiny_llama, rows
     examples = [row.example() for row in Encoder(tokenizer, load_template("alpaca_short"), 128).encode(rows[:9])]
     with Ranks(config) as ranks:
         model = with_adapter(tiny_llama, ranks.placement)
-        losses = [Learner(model, ranks, size, 0, 0.0, 1.0).evaluate(examples) for size in (1, 4, 9)]
-    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+        losses = [Learner(padded(model, size), ranks, 0.0, 1.0).evaluate(examples) for size in (1, 4, 9)]
+        with packed(model, 100) as (engine, _):
+            losses.append(Learner(engine, ranks, 0.0, 1.0).evaluate(examples))
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
 
 
 def test_optimizer_state_comes_back(tiny_llama, rows):
     config = FinetuneConfig(**OPTIONS)
     with Ranks(config) as ranks:
         model = with_adapter(tiny_llama, ranks.placement)
-        learner = Learner(model, ranks, 2, pad_id=0, weight_decay=0.0, max_norm=1.0)
+        learner = Learner(padded(model, 2), ranks, weight_decay=0.0, max_norm=1.0)
         learner.step([Example([1, 5, 6], [-100, 5, 6])], 1e-3, number=1)
         state = learner.optimizer_state()
-        again = Learner(model, ranks, 2, pad_id=0, weight_decay=0.0, max_norm=1.0)
+        again = Learner(padded(model, 2), ranks, weight_decay=0.0, max_norm=1.0)
         again.load_optimizer_state(state)
     assert state
     assert all(torch.equal(state[name], again.optimizer_state()[name]) for name in state)

@@ -1,0 +1,309 @@
+"""How fast is a training step, against what else there is? python benchmarks/training.py [--quick]
+
+Seconds are those of the processor, with one thread: what else the machine does at the same time costs none.
+One optimizer step on the same rows, model and optimizer batch, rivals and ours interleaved in one process with the same
+allocator setting: the alpaca-lora recipe (8-bit, gradient checkpointing, padded micro-batches of 4), the same with like
+lengths together, transformers' Trainer on an unquantised base, TRL's SFTTrainer with packing where it is installed, and
+ours in 8-bit, 4-bit and unquantised, then with each technique switched off in turn. Unquantised is bf16 where the
+machine computes in it natively, else fp32, for all of them. Then every variant once more in a process of its own, as
+it is shipped, for its peak memory.
+
+Random weights, and rows of random tokens whose lengths and shared preambles are those of Alpaca data. Writes
+benchmarks/results/training-DATE.json; the last line is JSON. Under an hour on 2 cores; --quick is a small model, five
+minutes and benchmarks/results/training_quick-DATE.json.
+"""
+
+import argparse
+import gc
+import json
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import rivals
+import torch
+import transformers
+from results_file import write
+
+from lora_alpaca import adapters
+from lora_alpaca.config import FinetuneConfig
+from lora_alpaca.engine import Engine, Padded, Settings, fitted
+from lora_alpaca.engine.allocator import keep_large_buffers
+from lora_alpaca.engine.check import difference, loss_and_gradient
+from lora_alpaca.examples import IGNORED, Example
+from lora_alpaca.models import Placement, load_base, locate_base
+from lora_alpaca.packing import pack, packs
+from lora_alpaca.ranks import Ranks
+from lora_alpaca.step import Learner
+
+BUDGET, VOCABULARY = 2048, 32_000
+SHAPES = {  # rows: number of them, median and spread of the answers' lengths
+    "short": (16, 38, 0.92),  # as in the original Alpaca data: about 120 tokens a row, half of them answer
+    "long": (8, 125, 0.75),  # as GPT-4 answers the same instructions: about 230 tokens a row
+}
+OURS: dict[str, tuple[int, dict[str, Any]]] = {  # bits, settings
+    "ours, 8-bit": (8, {}),
+    "ours, 4-bit": (4, {}),
+    "ours, unquantised": (16, {}),
+    "ours, 8-bit, not compiled": (8, {"compiled": False}),
+    "ours, 8-bit, nothing shared": (8, {"share_prefix": False}),
+    "ours, 8-bit, padded": (8, {"engine": "padded"}),
+}
+
+
+def rows(shape: str, train_on_inputs: bool) -> list[Example]:
+    """Return rows with the preambles and lengths of Alpaca data, of random tokens, the same at every call."""
+    draw = random.Random(0)
+    count, median, spread = SHAPES[shape]
+
+    def tokens(number: float) -> list[int]:
+        return [draw.randrange(3, VOCABULARY) for _ in range(max(1, round(number)))]
+
+    beginning, response = tokens(10), tokens(5)
+    preambles = [beginning + tokens(18), beginning + tokens(26)]  # without and with an input
+    examples = []
+    for _ in range(count):
+        prompt = draw.choice(preambles) + tokens(draw.lognormvariate(3.0, 0.8)) + response
+        answer = tokens(draw.lognormvariate(0, spread) * median)
+        ids = (prompt + answer)[:512]
+        labels = ids if train_on_inputs else [IGNORED] * len(prompt) + ids[len(prompt) :]
+        examples.append(Example(ids, labels))
+    return examples
+
+
+class Bench:
+    """The variants on one model, shape and set of options; every base is loaded once, when it is first needed."""
+
+    def __init__(self, folder: Path, ranks: Ranks, examples: list[Example], dropout: float, compiled: bool):
+        self.folder, self.ranks, self.examples = folder, ranks, examples
+        self.dropout, self.compiled = dropout, compiled
+        self._models: dict[Any, Any] = {}
+
+    def model(self, bits: int, name: str = "ours") -> Any:
+        """Return the model with its adapter; bits 8, 4 or 16 for the base."""
+        if (bits, name) not in self._models:
+            placement = Placement(self.ranks.device, self.ranks.placement.dtype, bits)
+            base = locate_base(str(self.folder))
+            model = rivals.prepared(load_base(base, placement), name)
+            torch.manual_seed(0)
+            model = adapters.attach(model, FinetuneConfig(lora_dropout=self.dropout), base)
+            for parameter_name, parameter in model.named_parameters():
+                if "lora_B" in parameter_name:
+                    torch.nn.init.normal_(parameter, std=0.02)
+            self._models[bits, name] = model
+        return self._models[bits, name]
+
+    def fitted(self, model: Any, **changes: Any) -> Any:
+        """Return the context of an engine of ours."""
+        options: dict[str, Any] = {
+            "engine": "packed", "device": self.ranks.device, "dtype": self.ranks.placement.dtype,
+            "token_budget": BUDGET, "share_prefix": True, "micro_batch_size": 4, "pad_id": 0,
+            "compiled": self.compiled, "checked": True,
+        }  # fmt: skip
+        return fitted(model, Settings(**options | changes), self.examples, [], self.ranks.autocast)
+
+    def variants(self) -> dict[str, Callable[[], tuple[float, float | None]]]:
+        """Return name -> a function that takes one optimizer step and returns its seconds and its mean loss."""
+        found: dict[str, Callable[[], tuple[float, float | None]]] = {
+            "alpaca-lora recipe, 8-bit": lambda: self._rival("alpaca-lora", 8),
+            "alpaca-lora recipe, by length": lambda: self._rival("alpaca-lora", 8, by_length=True),
+            "Trainer, unquantised": lambda: self._rival("Trainer", 16),
+        }
+        if find_spec("trl"):
+            found["TRL packing, unquantised"] = lambda: self._rival("TRL", 16)
+        ours = {
+            name: lambda bits=bits, changes=changes: self._ours(bits, changes) for name, (bits, changes) in OURS.items()
+        }
+        return found | ours
+
+    def _rival(self, name: str, bits: int, **options: Any) -> tuple[float, float | None]:
+        return rivals.step(name, self.model(bits, name), self.examples, self.ranks.placement.dtype, **options)
+
+    def _ours(self, bits: int, changes: dict[str, Any]) -> tuple[float, float | None]:
+        with self.fitted(self.model(bits), **changes) as (engine, _):
+            learner = Learner(engine, self.ranks, weight_decay=0.0, max_norm=1.0)
+            state = adapters.state(engine.model)
+            begun = time.process_time()
+            step = learner.step(self.examples, 3e-4, 1)
+            seconds = time.process_time() - begun
+            adapters.set_state(engine.model, state, "before")  # every run starts from the same adapter
+        return seconds, step.loss
+
+    def gradient_error(self, bits: int, changes: dict[str, Any]) -> float:
+        """Return how far loss and gradients are off those of the library's model on each row alone."""
+        model, few = self.model(bits), self.examples[:4]
+        model.eval()
+        alone = Padded(model, self.ranks.device, None, 1, 0)
+        with ExitStack() as stack:
+            if bits == 8:  # bitsandbytes rounds activations to 8 bits out of training: compare with its exact forward
+                alone = stack.enter_context(self.fitted(model, engine="padded", compiled=False))[0]
+            expected = loss_and_gradient(alone, few, self.ranks.autocast)
+        with self.fitted(model, **changes) as (engine, _):
+            return difference(loss_and_gradient(engine, few, self.ranks.autocast), expected)
+
+    def matmul_seconds(self) -> float:
+        """Return what the matrix products of a step take by themselves, each shape timed alone, for our packs."""
+        with self.fitted(self.model(16)) as (engine, _):
+            return _matmul_seconds(engine, self.examples, self.ranks.placement.dtype)
+
+
+def _matmul_seconds(engine: Engine, examples: list[Example], dtype: torch.dtype) -> float:
+    """Return the median seconds of all forward and backward products of frozen layers and head, summed."""
+    config = engine.model.config
+    layers = [
+        (part.out_features, part.in_features, ".layers.0." in name and "self_attn.o_" not in name and "mlp" not in name)
+        for name, part in engine.model.named_modules()
+        if isinstance(part, torch.nn.Linear) and "lora_" not in name and "lm_head" not in name
+        and not hasattr(part, "base_layer")
+    ]  # fmt: skip
+    total, known = 0.0, {}
+    for numbers in packs(examples, BUDGET):
+        packed = pack([examples[number] for number in numbers])
+        tokens, scored = packed.input_ids.numel(), len(packed.places)
+        shapes = [(tokens, *layer) for layer in layers] + [(scored, config.vocab_size, config.hidden_size, False)]
+        for shape in shapes:  # the first layer's input has no gradient, so its q, k and v have none to pass on
+            known[shape] = known.get(shape) or _product_seconds(*shape, dtype=dtype)
+            total += known[shape]
+    return total
+
+
+def _product_seconds(tokens: int, out: int, width: int, forward_only: bool, dtype: torch.dtype) -> float:
+    weight, x = torch.randn(out, width, dtype=dtype), torch.randn(tokens, width, dtype=dtype)
+    by_y, seconds = torch.randn(tokens, out, dtype=dtype), []
+    for _ in range(4):
+        begun = time.process_time()
+        torch.mm(x, weight.t())
+        if not forward_only:
+            torch.mm(by_y, weight)
+        seconds.append(time.process_time() - begun)
+    return statistics.median(seconds[1:])
+
+
+def save_model(folder: Path, width: int, layers: int) -> None:
+    """Write a random Llama of a width, as LLaMA's vocabulary and proportions are."""
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=int(width * 2.6875), num_hidden_layers=layers,
+        num_attention_heads=max(8, width // 128), max_position_embeddings=2048,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(folder)
+
+
+def table(bench: Bench, rounds: int) -> dict[str, Any]:
+    """Return the figures of every variant: medians over interleaved rounds after one that is not counted."""
+    seconds: dict[str, list[float]] = {}
+    losses: dict[str, float | None] = {}
+    variants = bench.variants()
+    names = list(variants)
+    for round_ in range(rounds + 1):
+        shift = round_ * 3 % len(names)
+        for name in names[shift:] + names[:shift]:
+            gc.collect()
+            taken, losses[name] = variants[name]()
+            seconds.setdefault(name, []).extend([taken] if round_ else [])
+            print(f"    round {round_}  {name:34} {taken:7.2f} s", flush=True)
+    tokens = sum(len(example.input_ids) for example in bench.examples)
+    figures: dict[str, Any] = {}
+    for name in names:
+        median = statistics.median(seconds[name])
+        figures[name] = {
+            "seconds": round(median, 3), "runs": [round(value, 3) for value in seconds[name]],
+            "tokens_per_second": round(tokens / median), "rows_per_second": round(len(bench.examples) / median, 2),
+            "loss": losses[name],
+        }  # fmt: skip
+    for name, (bits, changes) in OURS.items():
+        figures[name]["gradient_error"] = bench.gradient_error(bits, changes)
+    figures["ours, unquantised"]["matmul_share"] = bench.matmul_seconds() / figures["ours, unquantised"]["seconds"]
+    return figures
+
+
+def headline(figures: dict[str, Any]) -> dict[str, float]:
+    """Return the line that sums a table up."""
+
+    def ratio(rival: str, ours: str) -> float | None:
+        return round(figures[rival]["seconds"] / figures[ours]["seconds"], 2) if rival in figures else None
+
+    return {
+        "vs_alpaca_lora": ratio("alpaca-lora recipe, 8-bit", "ours, 8-bit"),
+        "vs_trainer_unquantised": ratio("Trainer, unquantised", "ours, unquantised"),
+        "vs_trl": ratio("TRL packing, unquantised", "ours, unquantised"),
+        "roofline_share": round(figures["ours, unquantised"]["matmul_share"], 2),
+        "max_gradient_error": max(figures[name]["gradient_error"] for name in OURS),
+    }
+
+
+def alone(folder: Path, name: str, shape: str) -> dict[str, float]:
+    """Return seconds and peak memory of a variant in a process of its own, with the allocator it is shipped with."""
+    command = [sys.executable, __file__, "--alone", name, "--folder", str(folder), "--shape", shape]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """Run the tables that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="width 512, short rows, 3 rounds")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--shape", choices=SHAPES, action="append")
+    parser.add_argument("--upstream", action="store_true", help="dropout 0.05 and train_on_inputs True")
+    parser.add_argument("--alone", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    config = FinetuneConfig(dtype="auto", device="cpu", lora_dropout=0.0)
+    dropout = 0.05 if asked.upstream else 0.0
+    if asked.quick:
+        asked.width, asked.layers, asked.shape, asked.rounds = 512, 8, ["short"], 3
+
+    with Ranks(config) as ranks, tempfile.TemporaryDirectory() as temporary:
+        folder = Path(asked.folder or temporary)
+        if asked.alone:
+            bench = Bench(folder, ranks, rows(asked.shape[0], False), 0.0, compiled=True)
+            variant = bench.variants()[asked.alone]
+            seconds = [variant()[0] for _ in range(3)]
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+            print(json.dumps({"seconds": round(min(seconds[1:]), 3), "peak_megabytes": peak}))
+            return
+        keep_large_buffers()
+        save_model(folder, asked.width, asked.layers)
+        tables = {}
+        for shape in asked.shape or SHAPES:
+            examples = rows(shape, asked.upstream)
+            bench = Bench(folder, ranks, examples, dropout, compiled=True)
+            print(f"{shape} rows: {len(examples)}, {sum(len(example.input_ids) for example in examples)} tokens")
+            figures = table(bench, asked.rounds)
+            if not asked.quick:
+                for name in bench.variants():
+                    figures[name]["alone"] = alone(folder, name, shape)
+            tables[shape] = figures
+        for shape, figures in tables.items():
+            for name, found in figures.items():
+                print(f"{shape:6} {name:34} {found['seconds']:8.2f} s {found['tokens_per_second']:7} tokens/s", end="")
+                print(f"  gradients {found['gradient_error']:.0e}" if "gradient_error" in found else "")
+        headlines = {shape: headline(figures) for shape, figures in tables.items()}
+        options = {"width": asked.width, "layers": asked.layers, "vocabulary": VOCABULARY, "dropout": dropout}
+        options |= {
+            "train_on_inputs": asked.upstream,
+            "compute": str(ranks.placement.dtype),
+            "rounds": asked.rounds,
+            "threads": torch.get_num_threads(),
+        }
+        name = "training" + ("_quick" if asked.quick else "") + ("_upstream" if asked.upstream else "")
+        write(name, {"options": options, "headlines": headlines, "tables": tables})
+        print(json.dumps(headlines["short"] if asked.quick else headlines))
+
+
+if __name__ == "__main__":
+    main()

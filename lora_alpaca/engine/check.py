@@ -1,0 +1,43 @@
+"""Is a row in a pack what it is alone? Asked of the user's own model and rows, before the first step."""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+
+from lora_alpaca.engine.paths import Engine
+from lora_alpaca.examples import Example
+
+TOLERANCES = {torch.float32: 1e-4}  # relative; what is not listed has the rounding of 16 bits in both
+ROUNDED = 0.1
+Precision = Callable[[], AbstractContextManager[None]]  # a context in which a forward pass has the run's precision
+
+
+def sample(examples: Sequence[Example], lengths: Sequence[int], most: int = 4) -> list[Example]:
+    """Return the longest row, which a short attention window would show, and the first of the others."""
+    longest = max(range(len(lengths)), key=lengths.__getitem__)
+    others = [row for row in range(min(most, len(lengths))) if row != longest]
+    return [examples[row] for row in [longest, *others][:most]]
+
+
+def loss_and_gradient(
+    engine: Engine, examples: Sequence[Example], precision: Precision
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the loss of some examples, and its gradient by the whole adapter as one vector."""
+    parameters = [parameter for parameter in engine.model.parameters() if parameter.requires_grad]
+    total = torch.zeros((), device=engine.device)
+    gradient = torch.zeros(sum(parameter.numel() for parameter in parameters), device=engine.device)
+    for batch in engine.batches(examples):
+        with precision():
+            loss = engine.loss(batch)
+        found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        gradient += torch.cat([grad.flatten().float() for grad in found])
+        total += loss.detach()
+    return total, gradient
+
+
+def difference(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    """Return the largest relative error among some tensors; not a number if there is one in them."""
+    errors = [((one - other).norm() / other.norm()).item() for one, other in zip(found, expected, strict=True)]
+    return next((error for error in errors if math.isnan(error)), max(errors))

@@ -1,0 +1,112 @@
+"""Our parts, put into a model in the place of its own, each probed to compute what it replaces, and taken out again.
+
+What is saved, evaluated or generated afterwards is the library's model as it was found.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from lora_alpaca.engine import attention
+from lora_alpaca.engine.frozen import frozen_forward
+from lora_alpaca.engine.pointwise import Pointwise
+
+Forward = Callable[[torch.Tensor], torch.Tensor]
+
+
+@contextmanager
+def put_in(model: torch.nn.Module, dtype: torch.dtype, pointwise: Pointwise) -> Iterator[None]:
+    """Within this context, layers of a model compute with our parts, where these compute the same."""
+    same: dict[Any, bool] = {}  # one probe serves all modules of a kind
+    with ExitStack() as undo:
+        for module in list(model.modules()):
+            if hasattr(module, "cast_input_dtype_enabled") and dtype != torch.float32:
+                # autocast casts the adapter's weights; PEFT would cast the activations up to them, and back
+                _set(undo, module, "cast_input_dtype_enabled", False)
+            if (ours := frozen_forward(module, dtype)) is not None:
+                tolerance = 0.1  # bitsandbytes rounds activations to 8 bits, and we do not
+            elif (ours := _norm(module, pointwise) or _gated_mlp(module, pointwise)) is not None:
+                tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+            else:
+                continue
+            kind = (type(module), *(tuple(parameter.shape) for parameter in module.parameters()))
+            if kind not in same:
+                same[kind] = _computes_the_same(module, ours, dtype, tolerance)
+            if same[kind]:
+                _set(undo, module, "forward", ours)
+        yield
+
+
+@contextmanager
+def packed_attention(model: Any) -> Iterator[None]:
+    """Within this context, a model's attention takes packs. Raises NotImplementedError where it cannot."""
+    found = model.config._attn_implementation
+    if found != attention.PLAIN:
+        raise NotImplementedError(f"its attention is {found}, not {attention.PLAIN}")
+    if not model._can_set_attn_implementation():
+        raise NotImplementedError("its attention cannot be replaced")
+    model.set_attn_implementation(attention.NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(found)
+
+
+@torch.no_grad()
+def has_plain_head(model: Any) -> bool:
+    """Return whether a model's logits are its last hidden states times a frozen matrix, and nothing else."""
+    head = model.get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.requires_grad:
+        return False
+    ids = torch.arange(4, device=weight.device)[None] % weight.shape[0]
+    hidden = model.base_model(input_ids=ids, use_cache=False)[0]
+    expected = model(input_ids=ids, use_cache=False).logits
+    return hidden.shape[-1] == weight.shape[-1] and torch.equal(F.linear(hidden, weight).float(), expected.float())
+
+
+def _norm(module: Any, pointwise: Pointwise) -> Forward | None:
+    """Return a compiled forward for a root mean square norm."""
+    rms_norm, epsilon = pointwise.rms_norm, getattr(module, "variance_epsilon", None)
+    if rms_norm is None or epsilon is None or not type(module).__name__.endswith("RMSNorm"):
+        return None
+    return lambda x: rms_norm(x.flatten(0, -2), module.weight, epsilon).view(x.shape)
+
+
+def _gated_mlp(module: Any, pointwise: Pointwise) -> Forward | None:
+    """Return a forward for a gated MLP, its gate compiled."""
+    gate = pointwise.silu_gate
+    if gate is None or not all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
+        return None
+    return lambda x: module.down_proj(gate(module.gate_proj(x), module.up_proj(x)))
+
+
+def _computes_the_same(module: Any, ours: Forward, dtype: torch.dtype, tolerance: float) -> bool:
+    """Return whether two forwards, and their gradients, agree on random input."""
+    weight = next(module.parameters())
+    width = getattr(module, "in_features", None) or getattr(module, "hidden_size", None) or weight.shape[-1]
+    draw = torch.Generator().manual_seed(0)  # a probe leaves the random state alone
+    x = torch.randn(1, 4, width, generator=draw).to(weight.device, dtype).requires_grad_()
+    try:
+        y = module(x)
+        by_y = torch.randn(y.shape, generator=draw).to(y.device, y.dtype)
+        found, expected = ((out, *torch.autograd.grad(out, x, by_y)) for out in (ours(x), y))
+    except Exception:  # a module that only looks like the one we know
+        return False
+    return all(_close(one, other, tolerance) for one, other in zip(found, expected, strict=True))
+
+
+def _close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
+    """Return whether the relative error of a tensor is below a tolerance."""
+    found, expected = found.detach().float(), expected.detach().float()
+    return bool((found - expected).norm() < tolerance * expected.norm())
+
+
+def _set(undo: ExitStack, module: Any, name: str, value: Any) -> None:
+    """Set an attribute of a module until `undo` is unwound."""
+    before = vars(module).get(name, undo)
+    setattr(module, name, value)
+    undo.callback(lambda: delattr(module, name) if before is undo else setattr(module, name, before))

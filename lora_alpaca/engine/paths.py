@@ -1,0 +1,92 @@
+"""The two ways from examples to a loss: packs, and padded rows. Both score only what is to be learned.
+
+Both give the same loss and the same gradients; a pack has no padding in it, and holds what rows share once.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+
+from lora_alpaca.batching import micro_batches, pad
+from lora_alpaca.engine.loss import Score, ScoredCrossEntropy, cross_entropy
+from lora_alpaca.examples import IGNORED, Example
+from lora_alpaca.packing import pack, packs
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the model is called with, and the T predictions to score among its outputs, rows after rows."""
+
+    inputs: dict[str, Any]
+    places: torch.Tensor  # [T]
+    labels: torch.Tensor  # [T]
+    weights: torch.Tensor  # [T]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A model's forward pass from a batch to its loss. `score` is None where its head is more than a product."""
+
+    model: Any  # with a PEFT adapter
+    device: torch.device
+    score: Score | None
+    name: ClassVar[Literal["packed", "padded"]]
+
+    def batches(self, examples: Sequence[Example], rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+        """Yield a rank's share of some examples, on the device."""
+        raise NotImplementedError
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """Return the cross-entropy of a batch, summed over its labels, as an fp32 scalar."""
+        if self.score is None:
+            logits = self.model(**batch.inputs, use_cache=False).logits.flatten(0, 1)  # [tokens, V]
+            return cross_entropy(logits.index_select(0, batch.places), batch.labels, batch.weights)
+        model = self.model.get_base_model()
+        hidden = model.base_model(**batch.inputs, use_cache=False)[0].flatten(0, 1)  # [tokens, W]
+        head = model.get_output_embeddings().weight  # [V, W]
+        scored = hidden.index_select(0, batch.places).to(head.dtype)  # [T, W]
+        loss: torch.Tensor = ScoredCrossEntropy.apply(scored, head, batch.labels, batch.weights, self.score)
+        return loss
+
+
+@dataclass(frozen=True)
+class Packed(Engine):
+    """Rows in packs of at most `token_budget` tokens."""
+
+    token_budget: int
+    share_prefix: bool
+    name: ClassVar[Literal["packed", "padded"]] = "packed"
+
+    def __str__(self) -> str:
+        shared = "" if self.share_prefix else ", beginnings not shared"
+        return f"packs of {self.token_budget} tokens{shared}"
+
+    def batches(self, examples: Sequence[Example], rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+        """Yield every `world_size`-th pack of the examples."""
+        for rows in packs(examples, self.token_budget, self.share_prefix)[rank::world_size]:
+            packed = pack([examples[row] for row in rows], self.share_prefix, self.device)
+            inputs = {"input_ids": packed.input_ids, "position_ids": packed.positions, "pack": packed}
+            yield Batch(inputs, packed.places, packed.labels, packed.weights)
+
+
+@dataclass(frozen=True)
+class Padded(Engine):
+    """Rows in micro-batches, filled up to the longest with `pad_id`."""
+
+    micro_batch_size: int
+    pad_id: int
+    name: ClassVar[Literal["packed", "padded"]] = "padded"
+
+    def __str__(self) -> str:
+        return f"padded micro-batches of {self.micro_batch_size} rows"
+
+    def batches(self, examples: Sequence[Example], rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+        """Yield a rank's rows, every `world_size`-th, as micro-batches."""
+        for rows in micro_batches(range(len(examples)), self.micro_batch_size, rank, world_size):
+            padded = pad([examples[row] for row in rows], self.pad_id, self.device)
+            following = F.pad(padded.pop("labels")[:, 1:], (0, 1), value=IGNORED).flatten()  # the next token's label
+            places = (following != IGNORED).nonzero().squeeze(1)
+            yield Batch(dict(padded), places, following[places], torch.ones(len(places), device=self.device))

@@ -1,0 +1,102 @@
+"""What the tests of the engine share: tiny random models, rows for them, and gradients by plain transformers."""
+
+import random
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+import transformers
+from conftest import ARCHITECTURES, LLAMA_SIZES
+
+from lora_alpaca import adapters
+from lora_alpaca.config import FinetuneConfig
+from lora_alpaca.engine import Settings, fitted
+from lora_alpaca.engine.check import difference, loss_and_gradient
+from lora_alpaca.examples import IGNORED, Example
+from lora_alpaca.models import Base
+
+CPU, VOCABULARY = torch.device("cpu"), 300
+OTHERS = {
+    "Falcon": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "Bloom": {"hidden_size": 64, "n_layer": 2, "n_head": 4},
+    "Mamba": {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 8},
+    "Gemma2": {**LLAMA_SIZES, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 2.0},
+    "Granite": {**LLAMA_SIZES, "logits_scaling": 3.0},
+}
+IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+
+def make(architecture, lora=None, quantization_config=None, **changes):
+    """Return a random model, norms and biases too, with an adapter whose B is not zero; the same at every call."""
+    sizes = (ARCHITECTURES | OTHERS)[architecture] | IDS | changes
+    config = getattr(transformers, f"{architecture}Config")(vocab_size=VOCABULARY, **sizes)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config).requires_grad_(False).eval()
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1 if parameter.dim() == 1 else 0.02)
+        targets = ["x_proj", "in_proj"] if architecture == "Mamba" else ["all-linear"]
+        options = {"lora_target_modules": targets, "lora_r": 4, "lora_dropout": 0.0} | (lora or {})
+        base = Base(architecture, architecture, None, False, config)
+        model = adapters.attach(model, FinetuneConfig(**options), base)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def rows(count=11, train_on_inputs=False, seed=0):
+    """Return rows that share one of two preambles, of many lengths."""
+    draw = random.Random(seed)
+    preambles = [[draw.randrange(VOCABULARY) for _ in range(25)] for _ in range(2)]
+    examples = []
+    for number in range(count):
+        prompt = preambles[number % 2] + [draw.randrange(VOCABULARY) for _ in range(draw.randint(1, 12))]
+        answer = [draw.randrange(VOCABULARY) for _ in range(draw.randint(1, 25))]
+        labels = prompt + answer if train_on_inputs else [IGNORED] * len(prompt) + answer
+        examples.append(Example(prompt + answer, labels))
+    return examples
+
+
+def reference(model, examples):
+    """Return summed loss and adapter gradient by plain transformers and PEFT, each row alone."""
+    parameters, model = adapters.trainable(model), model.eval()
+    loss, gradient = torch.zeros(()), 0
+    for example in examples:
+        logits = model(input_ids=torch.tensor([example.input_ids]), use_cache=False).logits[0, :-1]
+        part = F.cross_entropy(logits, torch.tensor(example.labels[1:]), ignore_index=IGNORED, reduction="sum")
+        found = torch.autograd.grad(part, parameters, allow_unused=True, materialize_grads=True)
+        gradient = gradient + torch.cat([grad.flatten() for grad in found])
+        loss += part.detach()
+    return loss, gradient
+
+
+def settings(**changes):
+    defaults = {
+        "engine": "auto", "device": CPU, "dtype": torch.float32, "token_budget": 200, "share_prefix": True,
+        "micro_batch_size": 3, "pad_id": 0, "compiled": False,
+    }  # fmt: skip
+    return Settings(**defaults | changes)
+
+
+def fit(model, chosen, examples):
+    """Return the context of a fitted engine."""
+    return fitted(model, chosen, examples, [len(example.input_ids) for example in examples], nullcontext)
+
+
+def error(model, examples, chosen, world_size=1):
+    """Return the engine's name, and how far its loss and gradients, summed over ranks, are off the reference."""
+    expected = reference(model, examples)
+    with fit(model, chosen, examples) as (engine, _):
+        parts = [
+            loss_and_gradient(_Rank(engine, rank, world_size), examples, nullcontext) for rank in range(world_size)
+        ]
+    return engine.name, difference([sum(part) for part in zip(*parts, strict=True)], expected)
+
+
+class _Rank:
+    """An engine as one rank of several sees it."""
+
+    def __init__(self, engine, rank, world_size):
+        self.model, self.device, self.loss = engine.model, engine.device, engine.loss
+        self.batches = lambda examples: engine.batches(examples, rank, world_size)

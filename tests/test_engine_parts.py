@@ -1,0 +1,152 @@
+"""Parts that are put into a model: compiled or not, only where they compute the same, and what the allocator keeps."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from engines import CPU, error, fit, make, rows, settings
+
+from lora_alpaca.config import FinetuneConfig
+from lora_alpaca.engine import parts, pointwise
+from lora_alpaca.engine.loss import score_in_place
+from lora_alpaca.engine.pointwise import Pointwise
+from lora_alpaca.planning import Plan, resolve_engine
+
+
+def in_a_process_of_its_own(program, tmp_path, **variables):
+    """Return what a program prints; the compiler keeps nothing from another run."""
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)} | variables
+    path = os.pathsep.join([*sys.path, os.environ["PYTHONPATH"]])
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        env=environment | {"PYTHONPATH": path},
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+FIT = """
+    from engines import CPU, error, fit, make, rows, settings
+    with fit(make("Llama"), settings(compiled=True), rows()) as (engine, said):
+        print(engine.score.__name__, *said)
+    print(error(make("Llama"), rows(), settings(compiled=True)))
+"""
+
+
+@pytest.mark.slow
+def test_compiled_parts_have_the_same_gradients(tmp_path):
+    said = in_a_process_of_its_own(FIT, tmp_path)
+    assert "score engine: packs of 200 tokens, ready in" in said
+    name, off = eval(said.splitlines()[-1])
+    assert name == "packed"
+    assert off < 1e-5
+
+
+def test_without_a_compiler_the_parts_are_eager_and_that_is_said(tmp_path):
+    (tmp_path / "bin").mkdir()
+    said = in_a_process_of_its_own(FIT, tmp_path, PATH=str(tmp_path / "bin"), CXX="/no/such/compiler")
+    assert said.startswith("score_in_place torch.compile fails here (")
+    assert "going on without it" in said.splitlines()[0]
+    name, off = eval(said.splitlines()[-1])
+    assert name == "packed"
+    assert off < 1e-5
+
+
+def test_a_compiler_that_computes_something_else_is_not_used(monkeypatch):
+    def compile_wrongly(function, **options):
+        return lambda *inputs: tuple(output + 1 for output in function(*inputs))
+
+    monkeypatch.setattr(torch, "compile", compile_wrongly)
+    with fit(make("Llama"), settings(compiled=True), rows()) as (engine, said):
+        assert engine.score is score_in_place
+    assert "computes something else" in said[0]
+
+
+def eager(**changes):
+    """Return the functions that would be compiled, as they are."""
+    functions = {"rms_norm": pointwise.rms_norm, "silu_gate": pointwise.silu_gate}
+    return Pointwise(score=pointwise.score, **functions | changes)
+
+
+def replaced(model, functions):
+    """Return the kinds of modules that got another forward."""
+    with parts.put_in(model, torch.float32, functions):
+        return {type(module).__name__ for module in model.modules() if "forward" in vars(module)}
+
+
+@pytest.mark.parametrize(
+    ("family", "kinds"),
+    [
+        ("Llama", {"LlamaRMSNorm", "LlamaMLP"}),
+        ("Qwen3", {"Qwen3RMSNorm", "Qwen3MLP"}),
+        ("Gemma", set()),  # its norm multiplies by 1 + weight, its gate is a GELU
+        ("GPT2", set()),
+    ],
+)
+def test_a_part_is_put_in_where_it_computes_what_it_replaces(family, kinds):
+    assert replaced(make(family).get_base_model(), eager()) == kinds
+
+
+def test_a_part_with_another_gradient_is_not_put_in():
+    wrong = eager(silu_gate=lambda gate, up: torch.nn.functional.silu(gate.detach()) * up)
+    assert replaced(make("Llama").get_base_model(), wrong) == {"LlamaRMSNorm"}
+
+
+def test_the_parts_before_they_are_compiled(monkeypatch):
+    monkeypatch.setattr(pointwise, "compiled", lambda device: (eager(), ""))
+    assert error(make("Qwen3"), rows(), settings(compiled=True)) == ("packed", pytest.approx(0, abs=1e-5))
+
+
+# ------------------------------------------------------------------------------------------------------------ allocator
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_large_buffers_are_kept(tmp_path):
+    """A buffer that was freed is there again, without a page to be touched anew."""
+    program = """
+        import resource, torch
+        from lora_alpaca.engine.allocator import keep_large_buffers
+        def faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(5):
+                torch.ones(2**24)  # 64 MB: 16384 pages
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        print(faults(), keep_large_buffers(), faults(), faults())
+    """
+    plain, done, _, kept = in_a_process_of_its_own(program, tmp_path).split()
+    if done == "False":
+        pytest.skip("not glibc")
+    assert int(kept) < int(plain) / 20
+
+
+# ----------------------------------------------------------------------------------------------------------------- plan
+
+
+def planned(lengths, world_size=1, **options):
+    config = FinetuneConfig(**{"batch_size": 16} | options)
+    plan = Plan(total_steps=100, warmup_steps=1, eval_steps=1, save_steps=1, micro_batch_size=4)
+    resolve_engine(config, plan, make("Llama"), CPU, lengths, world_size)
+    return plan
+
+
+def test_the_token_budget():
+    assert planned([500] * 20).token_budget == 2048
+    assert planned([500] * 20, token_budget=77).token_budget == 77
+    assert planned([100] * 20, world_size=2).token_budget == 16 * 100 / 2  # a pack for each rank
+
+
+def test_short_runs_are_not_compiled():
+    assert not planned([100] * 20).compiled
+    assert planned([100] * 20, compile=True).compiled
+    assert planned([100] * 20, max_steps=None, batch_size=16, compile="auto").compiled is False
+
+
+def test_checkpointing_is_for_those_who_ask_where_memory_cannot_be_asked():
+    assert not planned([100] * 20).gradient_checkpointing
+    assert planned([100] * 20, gradient_checkpointing=True).gradient_checkpointing
