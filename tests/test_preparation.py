@@ -166,10 +166,11 @@ def test_the_ledger_counts(prepared, tokenizer):
         ROW | {"output": "</s>"},
         {},
     ]
-    found = prepared(rows, held_out=[0], skip_bad_rows=True)
+    found = prepared(rows, held_out=[0, 3], skip_bad_rows=True)
     ledger = found.ledger
-    assert (ledger.read, ledger.train, ledger.validation) == (11, 9, 1)
+    assert (ledger.read, ledger.train, ledger.validation) == (11, 8, 2)
     assert ledger.formats == {"Alpaca": 10}
+    assert ledger.shared.count == 1  # the other held out row is nowhere else
     assert (ledger.bad.first, ledger.duplicates.first, ledger.shared.first) == (
         ["rows.json:11"], ["rows.json:7"], ["rows.json:1"],
     )  # fmt: skip
