@@ -13,7 +13,7 @@ from lora_alpaca.examples import Example, Span
 from lora_alpaca.prompts import AnyTemplate, Conversation, Run, Template
 from lora_alpaca.tokenization import TextEncoder
 
-_WINDOW = 40  # characters on either side of a seam that can bear on how it is tokenised; no token is longer
+_WINDOW = 20  # characters on either side of a seam; what is farther away does not bear on whether they melt
 
 
 @dataclass(frozen=True, slots=True)
