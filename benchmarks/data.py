@@ -60,6 +60,7 @@ def ours(data: Path, tokenizer_path: str, folder: Path) -> dict[str, float]:
     from lora_alpaca.prompts import load_template
     from lora_alpaca.tokenization import fingerprint
 
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as our command line has it
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
     begun = time.perf_counter()
     rows = Rows(str(data))
@@ -169,6 +170,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     said = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # for the batched form, which it helps
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "rows.json"
         write_rows(data, said.rows)

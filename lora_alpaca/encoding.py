@@ -5,7 +5,7 @@ answer is encoded on its own, as the continuation that it is. The end token is a
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from lora_alpaca.errors import DataError
@@ -85,7 +85,7 @@ class Encoder:
         runs = self.template.render(conversation, self.last_only)
         if not self.add_eos_token:  # the ends of earlier turns stay, as part of what follows
             last = max((number for number, run in enumerate(runs) if run.control and run.learned), default=len(runs))
-            runs = [replace(run, learned=run.learned and not run.control) for run in runs[:last]]
+            runs = [run._replace(learned=run.learned and not run.control) for run in runs[:last]]
         return runs
 
     def _put_together(self, runs: Sequence[Run], parts: Sequence[Sequence[int]]) -> Encoded:
@@ -117,7 +117,7 @@ class Encoder:
         template = self.template
         if not isinstance(template, Template) or not template.is_upstreams:
             return [False] * len(conversations)
-        seams = [(_tail(template, row)[-_WINDOW:], row.answers[0][:_WINDOW]) for row in conversations]
+        seams = [(_tail(template, row)[-_WINDOW:], row.answers[0][: _WINDOW // 2]) for row in conversations]
         new = sorted(set(seams) - self._seams.keys())
         joint = self.text.encode([tail + answer for tail, answer in new], "first")
         answers = self.text.encode([answer for _, answer in new], "continuation")

@@ -8,7 +8,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,16 +20,16 @@ import numpy as np
 
 from lora_alpaca import __version__
 from lora_alpaca.common_options import DataOptions
-from lora_alpaca.data import Rows
+from lora_alpaca.data import Rows, uncollected
 from lora_alpaca.encoding import Encoded, Encoder
 from lora_alpaca.errors import DataError
 from lora_alpaca.examples import Builder, Examples
 from lora_alpaca.ledger import Ledger
 from lora_alpaca.options import user_path
 from lora_alpaca.prompts import Conversation
-from lora_alpaca.tokenization import all_cores
 
 CHUNK = 1000  # rows encoded together
+THREADS = min(8, os.cpu_count() or 1)
 CACHED_FROM = 5000  # rows; fewer are encoded in no time
 KEPT = 10  # prepared data sets in the cache; the one that was not used for longest goes first
 LEDGER = "ledger.json"
@@ -52,18 +54,38 @@ def prepare(
     """
     documents = set(rows.formats) == {"text"}
     work = _Work(rows, encoder, options, held_out, blocks=encoder.cutoff_len if documents else 0)
-    with all_cores():
-        for first, chunk in _chunks(rows):
-            work.take(first, chunk)
+    first = 0
+    with uncollected(), ThreadPoolExecutor(THREADS) as pool:
+        for chunk, encoded in _ahead(pool, encoder, _chunks(rows)):
+            work.take(first, chunk, encoded)
+            first += len(chunk)
             progress(len(chunk))
     return work.done()
 
 
-def _chunks(rows: Rows) -> Iterator[tuple[int, list[Conversation]]]:
-    stream, first = iter(rows), 0
+def _chunks(rows: Rows) -> Iterator[list[Conversation]]:
+    stream = iter(rows)
     while chunk := list(islice(stream, CHUNK)):
-        yield first, chunk
-        first += len(chunk)
+        yield chunk
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, encoder: Encoder, chunks: Iterable[list[Conversation]]
+) -> Iterator[tuple[list[Conversation], list[Encoded]]]:
+    """Yield chunks with their encoded rows, in order, while the next ones are under way.
+
+    The tokenizer's work, outside of Python, goes on beside Python's own and that of other chunks.
+    """
+    under_way: deque[tuple[list[Conversation], Future[list[Encoded]]]] = deque()
+    for chunk in chunks:
+        for conversation in chunk:
+            encoder.template.check(conversation)
+        under_way.append((chunk, pool.submit(encoder.encode, chunk)))
+        if len(under_way) > THREADS:
+            done, encoded = under_way.popleft()
+            yield done, encoded.result()
+    for done, encoded in under_way:
+        yield done, encoded.result()
 
 
 class _Work:
@@ -83,11 +105,8 @@ class _Work:
         for where in rows.blank_instructions:
             self.ledger.blank_instructions.add(where)
 
-    def take(self, first: int, conversations: list[Conversation]) -> None:
-        """Encode rows, whose numbers count up from `first`, and put them where they belong."""
-        for conversation in conversations:
-            self._encoder.template.check(conversation)
-        encoded = self._encoder.encode(conversations)
+    def take(self, first: int, conversations: list[Conversation], encoded: list[Encoded]) -> None:
+        """Put encoded rows, whose numbers count up from `first`, where they belong."""
         for number, (conversation, row) in enumerate(zip(conversations, encoded, strict=True), start=first):
             self._note(number, conversation, row)
             kept = row if self._blocks else self._fitted(row, conversation.where)

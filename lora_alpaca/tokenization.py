@@ -4,12 +4,10 @@ A text that begins a row gets the dummy space of SentencePiece, one that goes on
 tokenizer's own habit decides. Control strings typed by a user (`</s>`) are always encoded as the text they are.
 """
 
-import contextlib
 import hashlib
 import json
-import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from operator import itemgetter
 from typing import Any, Literal
@@ -148,17 +146,6 @@ def fingerprint(tokenizer: Any) -> str:
         state.pop(passing, None)
     ends = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer("")["input_ids"]]
     return hashlib.sha256(json.dumps([state, ends], sort_keys=True).encode()).hexdigest()
-
-
-@contextlib.contextmanager
-def all_cores() -> Iterator[None]:
-    """Let the tokenizer use every core in this context; outside of it, it must not, since processes may be forked."""
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    try:
-        yield
-    finally:
-        os.environ["TOKENIZERS_PARALLELISM"] = before or "false"
 
 
 def _plain(state: dict[str, Any]) -> Any:

@@ -298,3 +298,11 @@ def test_a_second_run_finds_its_rows_prepared(data_path, tiny_llama, tmp_path, m
         for folder in map(tmp_path.joinpath, ("lora-alpaca", "lora-alpaca.1"))
     )
     assert one == two
+
+
+def test_the_garbage_collector_is_back_after_an_error(prepared):
+    import gc
+
+    with pytest.raises(DataError):
+        prepared([ROW, LONG], overlong="error")
+    assert gc.isenabled()

@@ -1,10 +1,9 @@
 import json
-import os
 
 import pytest
 
 from lora_alpaca.prompts import EOS, Run
-from lora_alpaca.tokenization import TextEncoder, all_cores, fingerprint
+from lora_alpaca.tokenization import TextEncoder, fingerprint
 
 TEXTS = [
     "Hello.",
@@ -234,11 +233,3 @@ def test_a_change_of_the_end_token_changes_the_fingerprint(tiny_model):
     one, other = (AutoTokenizer.from_pretrained(tiny_model("Qwen2")) for _ in range(2))
     other.eos_token = "<|endoftext|>"
     assert fingerprint(other) != fingerprint(one)
-
-
-def test_all_cores_are_used_inside_only(monkeypatch):
-    for before in ("false", "true"):
-        monkeypatch.setenv("TOKENIZERS_PARALLELISM", before)
-        with all_cores():
-            assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
-        assert os.environ["TOKENIZERS_PARALLELISM"] == before

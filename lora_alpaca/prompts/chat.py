@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -100,7 +100,7 @@ class ChatTemplate:
                 )
             rest = self._rewritten(rendered[len(prompt) :], messages, where)
             end = next((number for number, run in enumerate(rest) if run.control), len(rest))
-            answer = [replace(run, learned=number <= end, answer=number <= end) for number, run in enumerate(rest)]
+            answer = [run._replace(learned=number <= end, answer=number <= end) for number, run in enumerate(rest)]
             runs = [*before, *answer]
         return joined(iter(runs))
 

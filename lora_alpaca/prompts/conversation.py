@@ -1,7 +1,8 @@
 """What is said, and what a template makes of it: messages, conversations, and runs of text and control tokens."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 EOS = "{eos}"  # the control token that stands for the tokenizer's end token, whatever that is called
 
@@ -64,8 +65,7 @@ class Conversation:
                 yield message.input
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(NamedTuple):
     """A stretch of text, or one control token by its name, and whether it is learned.
 
     `answer` marks what generation would have made, learned or not: it is encoded apart from what stands before it.
@@ -81,9 +81,8 @@ def joined(runs: Iterator[Run]) -> list[Run]:
     """Return the runs with neighbouring texts put together, so that they are encoded together; answers stay apart."""
     result: list[Run] = []
     for run in runs:
-        last = result[-1] if result else None
-        if last and not (last.control or run.control) and last.answer == run.answer:
-            result[-1] = replace(run, text=last.text + run.text)
+        if result and not run.control and not result[-1].control and result[-1].answer == run.answer:
+            result[-1] = run._replace(text=result[-1].text + run.text)
         elif run.control or run.text:
             result.append(run)
     return result

@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
 
@@ -103,10 +103,10 @@ class Template:
     def _answer(self, text: str, learned: bool, ends: bool) -> Iterator[Run]:
         """Yield an answer and its end token. What the template puts behind that belongs to the next prompt."""
         for run in self._fill(self.answer, {"output": text}):
-            yield replace(run, learned=learned, answer=True)
+            yield run._replace(learned=learned, answer=True)
         ended = False
         for run in self._fill(self.end, {}):
-            yield run if ended else replace(run, learned=learned, answer=True)
+            yield run if ended else run._replace(learned=learned, answer=True)
             ended |= run.control
             if ended and ends:
                 return
@@ -114,7 +114,7 @@ class Template:
     def _fill(self, form: str, values: dict[str, str]) -> Iterator[Run]:
         """Yield a form with its placeholders filled, in one pass: braces typed by a user, `{input}` too, stay text."""
         for kind, piece in _pieces(form, self.control):
-            yield Run(values[piece] if kind == "placeholder" else piece, learned=False, control=kind == "control")
+            yield Run(values[piece] if kind == "placeholder" else piece, False, kind == "control")
 
     @property
     def stop(self) -> str:
