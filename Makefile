@@ -22,7 +22,7 @@ test: check  ## check the code and run every test
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 stress: $(STAMP)  ## the long form of the tests that draw their cases at random
-	STRESS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) tests/test_properties.py tests/test_fuzz.py
+	STRESS=1 $(BIN)/python -m pytest --numprocesses=auto tests/test_properties.py tests/test_fuzz.py
 
 exact: $(STAMP)  ## compare the gradients of packs with plain transformers, in every combination
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) tests/exact.py
