@@ -133,7 +133,7 @@ class Bench:
             learner = Learner(engine, self.ranks, weight_decay=0.0, max_norm=1.0)
             state = adapters.state(engine.model)
             begun = time.process_time()
-            step = learner.step(self.examples, 3e-4, 1)
+            step = learner.step(self.examples, 3e-4)
             seconds = time.process_time() - begun
             adapters.set_state(engine.model, state, "before")  # every run starts from the same adapter
         return seconds, step.loss

@@ -33,6 +33,7 @@ _HOMES = {
     "Generator": "generation",
     "LoraAlpacaError": "errors",
     "ModelError": "errors",
+    "RankError": "errors",
     "Run": "records",
     "Template": "prompts",
     "TemplateError": "errors",
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
         FolderError,
         LoraAlpacaError,
         ModelError,
+        RankError,
         TemplateError,
         TrainingError,
     )

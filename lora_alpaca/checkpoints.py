@@ -3,27 +3,32 @@
 checkpoint-200/
   adapter_model.safetensors, adapter_config.json   the adapter, as PEFT reads it
   optimizer.safetensors                            AdamW's moments, by parameter
-  random.safetensors                               the random state of every rank
   best.safetensors                                 the adapter with the best validation loss so far, if there is one
   state.json                                       step, plan, history, best loss, options
-  manifest.json                                    size and sha256 of each of these, written last
+  manifest.json                                    the run, and size and sha256 of each of these
+
+There is no random state in it: that of a step follows from seed, step and rank.
 """
 
+import hashlib
 import json
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 
-from lora_alpaca import folders
+from lora_alpaca import folders, storage
 from lora_alpaca.adapters import SETTINGS, WEIGHTS, State
-from lora_alpaca.errors import CheckpointError, ConfigError
+from lora_alpaca.errors import CheckpointError, ConfigError, TrainingError
+from lora_alpaca.folders import CHECKPOINT_FILES
 from lora_alpaca.options import user_path
 
+OPTIMIZER, BEST, STATE = "optimizer.safetensors", "best.safetensors", "state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
+_REMAINS = re.compile(r"\.(checkpoint-\d+|final)\.(partial|removed)")  # of a save or a removal that was interrupted
 
 
 @dataclass
@@ -33,72 +38,127 @@ class Checkpoint:
     facts: dict[str, Any]
     adapter: State
     optimizer: State
-    random: State  # "rank0.cpu", "rank0.cuda", ...
     best: State = field(default_factory=dict)
 
 
-def save(output_dir: Path, checkpoint: Checkpoint, settings: dict[str, Any]) -> Path:
-    """Write a checkpoint for `facts["step"]` and return its folder. It appears by a rename, complete."""
-    folder = output_dir / f"checkpoint-{checkpoint.facts['step']}"
-    stage = folders.fresh_stage(folder)
-    folders.write_tensors(stage / WEIGHTS, checkpoint.adapter)
-    folders.write_tensors(stage / "optimizer.safetensors", checkpoint.optimizer)
-    folders.write_tensors(stage / "random.safetensors", checkpoint.random)
-    if checkpoint.best:
-        folders.write_tensors(stage / "best.safetensors", checkpoint.best)
-    folders.write_json(stage / SETTINGS, settings)
-    folders.write_json(stage / "state.json", checkpoint.facts)
-    files = {
-        name: {"bytes": (stage / name).stat().st_size, "sha256": folders.sha256(stage / name)}
-        for name in folders.files_below(stage)
+def save(output_dir: Path, run: str, checkpoint: Checkpoint, settings: dict[str, Any]) -> Path:
+    """Write a checkpoint for `facts["step"]` of a run and return its folder. It appears by a rename, complete.
+
+    Raises TrainingError, before anything is written, if a tensor in it is not finite, and OSError.
+    """
+    step = checkpoint.facts["step"]
+    for name, tensor in (checkpoint.adapter | checkpoint.optimizer).items():
+        if not torch.isfinite(tensor).all():
+            raise TrainingError(
+                f"step {step}: {name} is no longer finite, so no checkpoint is made of it; lower --learning_rate and "
+                "go on from the one before with --resume --allow_change learning_rate"
+            )
+    contents = {
+        WEIGHTS: storage.as_tensors(checkpoint.adapter),
+        SETTINGS: storage.as_json(settings),
+        OPTIMIZER: storage.as_tensors(checkpoint.optimizer),
+        STATE: storage.as_json(checkpoint.facts),
     }
-    folders.write_json(stage / folders.CHECKPOINT_FILES, {"step": checkpoint.facts["step"], "files": files})
-    if folder.exists():  # a resumed run has come to the same step again, with the same result
-        folders.remove_checkpoint(folder)
-    os.replace(stage, folder)
+    if checkpoint.best:
+        contents[BEST] = storage.as_tensors(checkpoint.best)
+    files = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in contents.items()}
+    folder = output_dir / f"checkpoint-{step}"
+    with storage.staged(folder) as stage:
+        for name, data in contents.items():
+            storage.write(stage / name, data)
+        storage.write(stage / CHECKPOINT_FILES, storage.as_json({"run": run, "step": step, "files": files}))
+        storage.settle(stage)
+        if folder.exists():  # nothing that this run made: those were set aside when it went on
+            folders.set_aside(folder, "left")
+        storage.rename(stage, folder)
     return folder
 
 
-def rotate(output_dir: Path, keep: int) -> None:
-    """Remove the oldest checkpoints beyond `keep`, by step number; only complete ones of ours are touched."""
-    for folder in _folders(output_dir)[keep:]:
-        folders.remove_checkpoint(folder)
+def rotate(output_dir: Path, run: str, keep: int) -> None:
+    """Remove the oldest checkpoints of a run beyond `keep`, by step number; nobody else's are touched."""
+    ours = [folder for folder in _folders(output_dir) if _run(folder) == run]
+    for folder in ours[keep:]:
+        remove(folder)
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint. If that is interrupted, what is left does not look like one."""
+    listed = folders.read_json(folder / CHECKPOINT_FILES).get("files", {})
+    if set(storage.files_below(folder)) <= {*listed, CHECKPOINT_FILES}:
+        hidden = folder.with_name(f".{folder.name}.removed")
+        storage.clear(hidden)
+        storage.rename(folder, hidden)
+        folder = hidden
+    folders.remove_checkpoint(folder)  # a file of the user's own in it stays
+
+
+def sweep(output_dir: Path) -> None:
+    """Remove what saves and removals that were interrupted have left hidden in a folder of ours."""
+    for path in output_dir.glob(".*"):
+        if path.is_dir() and _REMAINS.fullmatch(path.name):
+            storage.clear(path)
+
+
+def _run(folder: Path) -> str:
+    return str(folders.read_json(folder / CHECKPOINT_FILES).get("run", ""))
 
 
 def _folders(output_dir: Path) -> list[Path]:
-    """Return the checkpoint folders that have a manifest, the newest step first."""
-    steps = {int(found[1]): path for path in output_dir.glob("checkpoint-*") if (found := _NAME.fullmatch(path.name))}
-    return [steps[step] for step in sorted(steps, reverse=True) if (steps[step] / folders.CHECKPOINT_FILES).is_file()]
+    """Return the folders named like checkpoints, the newest step first."""
+    named = (path for path in output_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name) and path.is_dir())
+    return sorted(named, key=_step, reverse=True)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
+
+
+# --------------------------------------------------------------------------------------------------------- resuming
 
 
 def damage(folder: Path) -> str:
     """Return what is wrong with a checkpoint, or nothing if every file has the size and hash of its manifest."""
     try:
-        files = json.loads((folder / folders.CHECKPOINT_FILES).read_text(encoding="utf-8"))["files"]
-        for name, facts in files.items():
-            path = folder / name
-            if not path.is_file() or path.stat().st_size != facts["bytes"] or folders.sha256(path) != facts["sha256"]:
+        files = json.loads((folder / CHECKPOINT_FILES).read_text(encoding="utf-8"))["files"]
+        for name in (WEIGHTS, SETTINGS, OPTIMIZER, STATE, *files):
+            path, facts = folder / name, files[name]
+            if not path.is_file() or path.stat().st_size != facts["bytes"] or storage.sha256(path) != facts["sha256"]:
                 return f"{name} is missing or damaged"
     except (OSError, ValueError, KeyError, TypeError):
-        return f"{folders.CHECKPOINT_FILES} is missing or damaged"
+        return f"{CHECKPOINT_FILES} is missing or damaged"
     return ""
 
 
-def newest(output_dir: Path) -> tuple[Path | None, list[str]]:
+def newest(output_dir: Path) -> tuple[Path | None, dict[Path, str]]:
     """Return the newest checkpoint that verifies, or None if there never was one, and what was passed over and why.
 
     Raises CheckpointError where there are checkpoints and none verifies.
     """
-    passed: list[str] = []
+    passed: dict[Path, str] = {}
     for folder in _folders(output_dir):
         if not (reason := damage(folder)):
             return folder, passed
-        passed.append(f"passed over {folder}: {reason}")
+        passed[folder] = reason
     if passed:
+        reasons = "; ".join(f"{folder.name}: {reason}" for folder, reason in passed.items())
         raise CheckpointError(
-            f"--resume: no checkpoint in {output_dir} is whole ({'; '.join(passed)}); start anew with --overwrite"
+            f"--resume: no checkpoint in {output_dir} is whole ({reasons}); start anew with --overwrite"
         )
     return None, passed
+
+
+def make_newest(output_dir: Path, chosen: Path | None) -> list[str]:
+    """Set aside every checkpoint after the chosen one, to whose successors the run comes again, and say so.
+
+    Without a chosen one, or with one from elsewhere, that is every one that is there.
+    """
+    said, step = [], -1
+    if chosen is not None and chosen.resolve().parent == output_dir.resolve():
+        step = _step(chosen)
+    for folder in _folders(output_dir):
+        if _step(folder) > step:
+            said.append(f"{folder} is now {folders.set_aside(folder, 'damaged' if damage(folder) else 'left').name}")
+    return said
 
 
 def named(path: str) -> Path:
@@ -106,7 +166,7 @@ def named(path: str) -> Path:
     folder = user_path(path)
     if not folder.is_dir():
         raise ConfigError(f"--resume_from_checkpoint {path}: no such folder")
-    if not (folder / folders.CHECKPOINT_FILES).is_file():
+    if not (folder / CHECKPOINT_FILES).is_file():
         hint = (
             f"; to start from these weights with a fresh optimizer: --init_adapter {path}"
             if (folder / SETTINGS).is_file()
@@ -120,11 +180,10 @@ def named(path: str) -> Path:
 
 def load(folder: Path) -> Checkpoint:
     """Return the contents of a checkpoint folder."""
-    best = folder / "best.safetensors"
+    best = folder / BEST
     return Checkpoint(
-        facts=json.loads((folder / "state.json").read_text(encoding="utf-8")),
+        facts=json.loads((folder / STATE).read_text(encoding="utf-8")),
         adapter=load_file(folder / WEIGHTS),
-        optimizer=load_file(folder / "optimizer.safetensors"),
-        random=load_file(folder / "random.safetensors"),
+        optimizer=load_file(folder / OPTIMIZER),
         best=load_file(best) if best.is_file() else {},
     )

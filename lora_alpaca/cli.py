@@ -18,6 +18,7 @@ from fire.decorators import SetParseFn
 from lora_alpaca.config import ExportConfig, FinetuneConfig, GenerateConfig, ShowConfig
 from lora_alpaca.errors import ConfigError, LoraAlpacaError
 from lora_alpaca.options import Options
+from lora_alpaca.stopping import Interrupted, Stop
 
 Config = TypeVar("Config", bound=Options)
 
@@ -30,18 +31,19 @@ VERBS: dict[str, type[Options]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run `VERB --flag value ...` and exit: 0 done, 1 failed, 2 said wrongly, 130 interrupted."""
+    """Run `VERB --flag value ...` and exit: 0 done, 1 failed, 2 said wrongly, 128 + n after signal n (130: Ctrl-C)."""
     words = list(sys.argv[1:] if argv is None else argv)
+    rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
     try:
-        _answer(words)
+        with Stop().watching():
+            _answer(words)
         sys.exit(0)
     except LoraAlpacaError as error:
-        print("error:", *str(error).splitlines(), file=sys.stderr)  # one line, whatever stands in a file's name
+        print(f"error: {rank}{' '.join(str(error).splitlines())}", file=sys.stderr)  # one line, whatever is in it
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        again = "; --resume goes on from the last checkpoint" if words[:1] == ["finetune"] else ""
-        print(f"interrupted{again}", file=sys.stderr)
-        sys.exit(130)
+    except Interrupted as stop:
+        print(f"{rank}stopped by {stop.signal}: {stop}", file=sys.stderr)
+        sys.exit(stop.exit_code)
 
 
 def _answer(words: list[str]) -> None:

@@ -14,6 +14,8 @@ from lora_alpaca.common_options import ADAPTER_DIR, EXPORT_DIR, DataOptions, Mod
 from lora_alpaca.errors import ConfigError
 from lora_alpaca.options import AutoBool, Device, Dtype, Engine, Finite, Names, Options, lower, option
 
+RECORDED = ("base_revision", "base_sha256", "tokenizer_sha256", "precision", "ranks", "data_sha256", "prompt_template")
+
 
 class FinetuneConfig(DataOptions, ModelOptions):
     """Train a LoRA adapter on instructions."""
@@ -138,7 +140,19 @@ class FinetuneConfig(DataOptions, ModelOptions):
     resume_from_checkpoint: str | None = option(
         None, "progress and saving", "Go on from this checkpoint folder.", auto="none"
     )
+    allow_change: Names | None = option(
+        None, "progress and saving", "What may differ from the run that is resumed, by name.", auto="nothing"
+    )
     overwrite: bool = option(False, "progress and saving", "Remove what an earlier run of ours left in --output_dir.")
+    on_nonfinite: Literal["stop", "skip"] = option(
+        "stop", "progress and saving", "At a loss or gradient of NaN or infinity: stop, or skip the step (ten at most)."
+    )
+    on_oom: Literal["stop", "shrink"] = option(
+        "stop", "progress and saving", "Out of memory: stop, or go on with packs or micro-batches of half the size."
+    )
+    rank_timeout: int = option(
+        1800, "progress and saving", "How long processes wait for one of them that hangs.", unit="seconds", ge=1
+    )
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = option(
         "none", "progress and saving", "Also send the figures to tensorboard, wandb or trackio."
     )
@@ -159,6 +173,11 @@ class FinetuneConfig(DataOptions, ModelOptions):
             raise ConfigError(
                 "--resume takes the newest checkpoint, --resume_from_checkpoint a named one; give one of them"
             )
+        for name in self.allow_change or []:
+            if name not in {*type(self).model_fields, *RECORDED}:
+                raise ConfigError(f"--allow_change {name}: no such name; the refusal to resume lists them")
+        if self.allow_change and not (self.resume or self.resume_from_checkpoint):
+            raise ConfigError("--allow_change is for a run that is resumed; say --resume too")
         if (size := self.val_set_size) is not None and size >= 1 and size != int(size):
             raise ConfigError(f"--val_set_size {size}: a whole number of rows, or a share below 1")
         self.micro_batch(int(os.environ.get("WORLD_SIZE", "1")))

@@ -10,6 +10,7 @@
     ├── ContractError    (RuntimeError)     a tokenizer or template that is not the one of training
     ├── CheckpointError  (RuntimeError)     a checkpoint that cannot be resumed from
     ├── TrainingError    (RuntimeError)     a step that cannot be taken, such as one with a loss of NaN
+    ├── RankError        (RuntimeError)     another process of the run that failed, died or hangs
     └── ExportError      (RuntimeError)     a merge that would not answer as base + adapter does
 
 A message says what is wrong, where (`file:row` or `--flag`) and what to do, in one line. The command line prints it
@@ -65,6 +66,14 @@ class CheckpointError(LoraAlpacaError, RuntimeError):
 
 class TrainingError(LoraAlpacaError, RuntimeError):
     """A training step cannot be taken."""
+
+
+class RankError(LoraAlpacaError, RuntimeError):
+    """Another process of the run has failed: `rank` is its number, `cause` what it said or what is known of it."""
+
+    def __init__(self, rank: int, cause: str, said: str = ""):
+        super().__init__(f"rank {rank} failed: {cause}{said}")
+        self.rank, self.cause = rank, cause
 
 
 class ExportError(LoraAlpacaError, RuntimeError):

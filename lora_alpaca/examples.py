@@ -1,5 +1,6 @@
 """Training rows as token ids and labels, kept flat: four bytes a token, in memory or mapped from a file."""
 
+import hashlib
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -70,6 +71,13 @@ class Examples(Sequence[Example]):
         """Return whether the arrays fit together: False for files that were cut short."""
         rows = len(self.first_spans) == len(self.starts) > 0
         return rows and self.starts[-1] == len(self.ids) and self.first_spans[-1] == len(self.spans)
+
+    def digest(self) -> str:
+        """Return a sha256 of all tokens and of which are learned."""
+        found = hashlib.sha256()
+        for key, _ in self.ARRAYS:
+            found.update(np.ascontiguousarray(getattr(self, key)).tobytes())
+        return found.hexdigest()
 
     def save(self, folder: Path, name: str) -> None:
         """Write the arrays to `folder/name.ids`, `.starts`, `.spans` and `.first_spans`."""

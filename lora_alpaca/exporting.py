@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import torch
 
-from lora_alpaca import adapters, contracts, folders, models, records
+from lora_alpaca import adapters, contracts, folders, models, records, storage
 from lora_alpaca.config import ExportConfig
 from lora_alpaca.encoding import Encoder
 from lora_alpaca.errors import AdapterError, ExportError
@@ -75,23 +75,24 @@ def export_hf(config: ExportConfig) -> Path:
     stop_ids = contracts.stop_ids(merged.generation_config.eos_token_id, tokenizer, template)
     merged.generation_config.eos_token_id = stop_ids or None
     contract = origin.contract.content if origin.contract else contracts.draw_up(tokenizer, template, stop_ids)
-    stage = folders.fresh_stage(output_dir)
-    merged.save_pretrained(stage)
-    tokenizer.save_pretrained(stage)
-    folders.write_json(stage / contracts.FILE, contract)
-    record = {
-        "kind": "merged model",
-        "status": "finished",
-        "base_model": base.name,
-        "base_revision": base.revision,
-        "adapter": str(adapter.resolve()),
-        "stop_ids": stop_ids,
-        "receipt": receipt,
-        "versions": records.versions(),
-        "files": folders.files_below(stage),
-    }
-    folders.write_json(stage / folders.RECORD, record)
-    said = folders.publish(stage, output_dir, config.overwrite)
+    with folders.staged(output_dir) as stage:
+        merged.save_pretrained(stage)
+        tokenizer.save_pretrained(stage)
+        storage.write(stage / contracts.FILE, storage.as_json(contract))
+        record = {
+            "kind": "merged model",
+            "status": "finished",
+            "base_model": base.name,
+            "base_revision": base.revision,
+            "adapter": str(adapter.resolve()),
+            "stop_ids": stop_ids,
+            "receipt": receipt,
+            "versions": records.versions(),
+            "files": sorted({*storage.files_below(stage)} - {storage.LOCK}),
+        }
+        storage.write(stage / folders.RECORD, storage.as_json(record))
+        storage.settle(stage)
+        said = folders.publish(stage, output_dir, config.overwrite)
     print(*said, _summary(receipt), f"merged model saved in {output_dir}", sep="\n")
     return output_dir
 

@@ -1,59 +1,25 @@
-"""Output folders: whose they are, what may be done to them, and the one place that writes into them.
+"""Output folders: whose they are, who is at work in them, and what may be done to them.
 
 A folder of ours carries a record, `lora_alpaca.json`: what it holds, whether it is finished, and which files are ours.
 Nothing else is ever removed or written over.
 """
 
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-import torch
-from safetensors.torch import save as tensors_to_bytes
-
+from lora_alpaca import storage
 from lora_alpaca.errors import FolderError
+from lora_alpaca.storage import LOCK
 
 RECORD = "lora_alpaca.json"
-CHECKPOINT_FILES = "manifest.json"  # in every checkpoint: its files with sizes and hashes
+CHECKPOINT_FILES = "manifest.json"  # in every checkpoint: its run, its step, and its files with sizes and hashes
+Entered = TypeVar("Entered")
 Standing = Literal["free", "finished", "unfinished", "foreign"]
-
-
-# --------------------------------------------------------------------------------------------------------- writing
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole: beside its place, flushed to the disk, then renamed into it."""
-    beside = path.with_name(f".{path.name}.partial")
-    with open(beside, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a value as indented JSON."""
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n").encode())
-
-
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors as safetensors; the mark "pt" is what transformers and PEFT look for."""
-    write_bytes(path, tensors_to_bytes(dict(tensors), metadata={"format": "pt"}))
-
-
-def sha256(path: Path) -> str:
-    """Return the sha256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def files_below(folder: Path) -> list[str]:
-    """Return all files of a folder as sorted relative paths."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 # ------------------------------------------------------------------------------------------------------- ownership
@@ -76,10 +42,16 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 def standing(folder: Path) -> Standing:
     """Return whether a folder is free to use, a finished or an unfinished one of ours, or somebody else's."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists() or (folder.is_dir() and not _contents(folder)):
         return "free"
     record = read_record(folder) if folder.is_dir() else {}
     return "foreign" if not record else "finished" if record["status"] == "finished" else "unfinished"
+
+
+def _contents(folder: Path) -> list[Path]:
+    """Return what is in a folder, but for what a run that was killed at its very beginning leaves."""
+    beginning = {LOCK, f".{RECORD}.partial"}
+    return [path for path in folder.iterdir() if path.name not in beginning]
 
 
 def check(folder: Path, overwrite: bool, ways_on: str) -> None:
@@ -90,9 +62,72 @@ def check(folder: Path, overwrite: bool, ways_on: str) -> None:
         raise FolderError(f"--output_dir {folder} {what}; name another folder")
     if found == "unfinished" and not overwrite:
         raise FolderError(f"--output_dir {folder} holds an unfinished run; {ways_on}")
-    above = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
-    if not os.access(above, os.W_OK):
+    above = _there(folder)
+    if not os.access(above, os.W_OK | os.X_OK):
         raise FolderError(f"--output_dir {folder}: {above} is not writable; name another folder")
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raise FolderError where a disk has not so many bytes left."""
+    free = shutil.disk_usage(_there(folder)).free
+    if free < needed:
+        raise FolderError(
+            f"--output_dir {folder}: the run writes about {needed / 1e6:.0f} MB and the disk has {free / 1e6:.0f} MB "
+            "left; free some, lower --save_total_limit, or name another folder"
+        )
+
+
+def _there(folder: Path) -> Path:
+    """Return a folder, or the nearest one above it that exists."""
+    return next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
+
+
+def check_lock(folder: Path) -> None:
+    """Raise FolderError if a run is at work in a folder."""
+    if (folder / LOCK).exists():
+        with _alone(folder):
+            pass
+
+
+@contextmanager
+def occupied(folder: Path, overwrite: bool, goes_on: bool) -> Iterator[list[str]]:
+    """Make room in a checked folder, unless the run in it goes on, and keep others out of it until the context ends.
+
+    Yields what was done, in sentences. Raises FolderError if another process is at work there.
+    """
+    with ExitStack() as before, ExitStack() as now:
+        before.enter_context(_alone(folder))
+        said = [] if goes_on else claim(folder, overwrite)
+        if not (folder / LOCK).exists():  # it went aside with what was there
+            before.close()
+            now.enter_context(_alone(folder))
+        yield said
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """Give `storage.staged(folder)`. Raises FolderError if another process is making the same folder."""
+    with ExitStack() as stack:
+        yield _entered(stack, storage.staged(folder), folder)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    with ExitStack() as stack:
+        _entered(stack, storage.locked(folder), folder)
+        yield
+
+
+def _entered(stack: ExitStack, context: AbstractContextManager[Entered], folder: Path) -> Entered:
+    try:
+        return stack.enter_context(context)
+    except BlockingIOError as error:
+        raise FolderError(
+            f"--output_dir {folder}: another run is at work there ({error}); wait for it, or name another folder"
+        ) from None
+
+
+# ------------------------------------------------------------------------------------------------------ making room
 
 
 def claim(folder: Path, overwrite: bool) -> list[str]:
@@ -108,13 +143,15 @@ def claim(folder: Path, overwrite: bool) -> list[str]:
     return said
 
 
-def set_aside(folder: Path) -> Path:
-    """Rename a folder to the first free of `name.1`, `name.2`, ... and return that."""
-    folder = folder.resolve()
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+def set_aside(path: Path, ending: str = "") -> Path:
+    """Rename a folder to the first free of `name.1`, `name.2`, ..., or of `name.ENDING`, `name.ENDING.1`, ..."""
+    path = path.resolve()
+    name = f"{path.name}.{ending}" if ending else path.name
+    number = 0 if ending else 1
+    while (aside := path.with_name(f"{name}.{number}" if number else name)).exists():
         number += 1
-    folder.rename(aside)
+    storage.rename(path, aside)
+    storage.remove(aside / LOCK)
     return aside
 
 
@@ -123,10 +160,9 @@ def remove_ours(folder: Path) -> None:
     for listing in folder.glob(f"checkpoint-*/{CHECKPOINT_FILES}"):
         remove_checkpoint(listing.parent)
     for name in [*read_record(folder).get("files", []), RECORD]:
-        (folder / name).unlink(missing_ok=True)
+        remove_below(folder, name)
     for path in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
-        if not any(path.iterdir()):
-            path.rmdir()
+        storage.remove_if_empty(path)
 
 
 def remove_checkpoint(folder: Path) -> None:
@@ -135,27 +171,25 @@ def remove_checkpoint(folder: Path) -> None:
     if not {"step", "files"} <= manifest.keys():
         return  # a manifest, but not one of ours
     for name in [*manifest["files"], CHECKPOINT_FILES]:  # the manifest last: without it the rest would be nobody's
-        (folder / name).unlink(missing_ok=True)
-    if not any(folder.iterdir()):
-        folder.rmdir()
+        remove_below(folder, name)
+    storage.remove_if_empty(folder)
 
 
-def fresh_stage(folder: Path) -> Path:
-    """Return a new, empty, hidden folder beside `folder`, to be filled and then renamed to it."""
-    stage = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(stage, ignore_errors=True)
-    stage.mkdir(parents=True)
-    return stage
+def remove_below(folder: Path, name: str) -> None:
+    """Remove a file that a record lists, if it is one below the folder of that record."""
+    path = folder / name
+    if path.resolve().is_relative_to(folder.resolve()) and not path.is_dir():
+        storage.remove(path)
 
 
 def publish(stage: Path, folder: Path, overwrite: bool) -> list[str]:
     """Let a staged folder appear in its place and return what was done to make room. Nobody sees half of it."""
     said = claim(folder, overwrite)
-    if any(folder.iterdir()):  # files of the user's own stay where they are, beside ours
-        for path in stage.iterdir():
-            os.replace(path, folder / path.name)
-        stage.rmdir()
+    if any(folder.iterdir()):  # files of the user's own stay where they are, beside ours; the record comes last
+        for path in sorted(stage.iterdir(), key=lambda path: path.name == RECORD):
+            storage.rename(path, folder / path.name)
+        os.rmdir(stage)
     else:
-        folder.rmdir()
-        os.replace(stage, folder)
+        os.rmdir(folder)
+        storage.rename(stage, folder)
     return said

@@ -91,6 +91,7 @@ def resolve(config: FinetuneConfig, rows: int, world_size: int) -> Plan:
     )
 
 
+ENGINE_OPTIONS = {"engine", "token_budget", "compile", "gradient_checkpointing"}  # that `resolve_engine` looks at
 CPU_TOKENS = 2048  # a pack on a CPU, where more would only take memory, and the smallest on a GPU
 MOST_TOKENS = 16384  # the largest on a GPU
 SLOW_WORK = {"cpu": 3e13, "cuda": 3e15}  # parameters x tokens of a run from which compiling pays for itself

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_alpaca import __version__
+from lora_alpaca import __version__, storage
 from lora_alpaca.common_options import DataOptions
 from lora_alpaca.data import Rows, uncollected
 from lora_alpaca.encoding import Encoded, Encoder
@@ -239,7 +239,8 @@ def keep(folder: Path | None, key: str, prepared: Prepared) -> Prepared:
         (stage / LEDGER).write_text(json.dumps(prepared.ledger.to_json()), encoding="utf-8")
         if (folder / key).exists():  # of another process, or damaged
             shutil.rmtree(folder / key)
-        stage.rename(folder / key)
+        storage.settle(stage)
+        storage.rename(stage, folder / key)
         _forget_oldest(folder)
     except OSError:
         if stage is not None:

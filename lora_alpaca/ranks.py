@@ -1,31 +1,43 @@
 """The processes of a run, on Accelerate: which one this is, its device and precision, sums over all, and trackers.
 
-The model is never wrapped. What one step needs from the others goes in one explicit sum (see `step.py`).
+The model is never wrapped. What one step needs from the others goes in one explicit sum (see `step.py`). A rank that
+fails, dies or hangs ends the others, and they name it (see `peers.py`).
 """
 
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
 
 from lora_alpaca import models
-from lora_alpaca.adapters import State
 from lora_alpaca.config import FinetuneConfig
+from lora_alpaca.errors import RankError
+from lora_alpaca.peers import STOPPED, Peers
 from lora_alpaca.reports import Reporter, usable_tracker
+from lora_alpaca.stopping import Interrupted, Stop
+
+Result = TypeVar("Result")
 
 
 class Ranks:
     """This process among `world_size`, as a context that leaves no process group behind."""
 
-    def __init__(self, config: FinetuneConfig):
+    def __init__(self, config: FinetuneConfig, stop: Stop | None = None):
+        self.stop = stop or Stop()
         device = models.pick_device(config.device)
-        processes = PartialState(cpu=device.type == "cpu")
+        patience = {"timeout": timedelta(seconds=config.rank_timeout)}
+        processes = PartialState(cpu=device.type == "cpu", **patience)
         self.rank: int = processes.process_index
         self.world_size: int = processes.num_processes
         self.first = self.rank == 0
+        self._peers = Peers(self.rank, self.world_size) if self.world_size > 1 else None
         self.reporter = Reporter(quiet=not self.first)
         self.placement, said = models.place(config, processes.device, default_bits=8)
         tracker, trouble = usable_tracker("wandb" if config.wandb_project else config.report_to)
@@ -47,11 +59,32 @@ class Ranks:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.reporter.stop()
+        guilty = self._guilty(error)
         if kind is None and self._accelerator.trackers:
             self._accelerator.end_training()
-        PartialState().destroy_process_group()
+        if error is None or self._peers is None:
+            PartialState().destroy_process_group()
         AcceleratorState._reset_state(reset_partial_state=True)  # the next run may choose another precision
         GradientState._reset_state()
+        if guilty is not None:
+            raise guilty from None
+
+    def _guilty(self, error: BaseException | None) -> RankError | None:
+        """Tell the others what this rank ends with; return the error to raise instead, where another rank caused it."""
+        if self._peers is None:
+            return None
+        if isinstance(error, RankError):
+            self._peers.close()
+            return None
+        if isinstance(error, Interrupted):
+            self._peers.say(f"{STOPPED}{error.signal}")
+            if found := self._peers.gone():
+                self._peers.close()
+                return RankError(*found, f"; {error}")
+        elif error is not None:
+            self._peers.say((str(error) or type(error).__name__).splitlines()[0])
+        self._peers.close()
+        return None
 
     def autocast(self) -> Any:
         """Return the context in which a forward pass computes in the run's precision."""
@@ -66,52 +99,63 @@ class Ranks:
         if self.world_size == 1:
             return tensor
         total = tensor.to(self.device)
-        torch.distributed.all_reduce(total)
+        self._together(lambda: torch.distributed.all_reduce(total))
         return total
 
     def wait(self) -> None:
         """Wait until every rank is here."""
-        self._accelerator.wait_for_everyone()
+        self._together(self._accelerator.wait_for_everyone)
 
-    def first_here(self) -> Any:
-        """Return a context that the first process of each machine goes through before the others."""
-        return self._accelerator.local_main_process_first()
+    @contextmanager
+    def first_here(self) -> Iterator[None]:
+        """Give a context that the first process of each machine goes through before the others."""
+        first = self._accelerator.is_local_main_process
+        if not first:
+            self.wait()
+        yield
+        if first:
+            self.wait()
+
+    def first_says(self, value: Callable[[], Result]) -> Result:
+        """Return on every rank what `value` returns on the first."""
+        found = [value() if self.first else None]
+        if self.world_size > 1:
+            self._together(lambda: torch.distributed.broadcast_object_list(found))
+        return found[0]  # type: ignore[return-value]
 
     def agree(self, value: str) -> bool:
         """Return whether every rank has the same value."""
-        values: list[Any] = [value]
+        values: list[Any] = [value] * self.world_size
         if self.world_size > 1:
-            values = [None] * self.world_size
-            torch.distributed.all_gather_object(values, value)
+            self._together(lambda: torch.distributed.all_gather_object(values, value))
         return len(set(values)) == 1
 
-    # ------------------------------------------------------------------------------------------- random state
+    def _together(self, call: Callable[[], Any]) -> None:
+        """Make a collective call. Raises RankError naming the rank that does not take part."""
+        if self._peers is None:
+            call()
+            return
+        self._peers.calls += 1
+        try:
+            call()
+        except RuntimeError as error:  # of the library under torch.distributed, whichever it is
+            raise RankError(*self._peers.blame(str(error).splitlines()[0])) from None
 
-    def random_state(self) -> State:
-        """Return the random states of every rank: `rank0.cpu`, `rank0.cuda`, ... Every rank calls it."""
-        own = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            own["cuda"] = torch.cuda.get_rng_state(self.device)
-        if self.device.type == "mps":
-            own["mps"] = torch.mps.get_rng_state()
-        gathered: list[Any] = [own]
-        if self.world_size > 1:
-            gathered = [None] * self.world_size
-            torch.distributed.all_gather_object(gathered, own)
-        return {f"rank{rank}.{kind}": state for rank, states in enumerate(gathered) for kind, state in states.items()}
+    def seed(self, seed: int, step: int) -> None:
+        """Set the random state in which this rank takes a step: dropout differs from rank to rank and step to step.
 
-    def restore_random_state(self, states: State) -> None:
-        """Put back this rank's part of what `random_state` returned."""
-        torch.set_rng_state(states[f"rank{self.rank}.cpu"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(states[f"rank{self.rank}.cuda"], self.device)
-        if self.device.type == "mps":
-            torch.mps.set_rng_state(states[f"rank{self.rank}.mps"])
+        It follows from the three numbers alone, so a run that goes on, or tries a step again, has it without saving it.
+        """
+        digest = hashlib.sha256(f"{seed} {step} {self.rank}".encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:7]))
 
     # ---------------------------------------------------------------------------------------------- trackers
 
-    def start_tracker(self, config: FinetuneConfig, model: torch.nn.Module) -> None:
-        """Begin to send figures, if a tracker was asked for and is there; a tracker that fails stops nothing."""
+    def start_tracker(self, config: FinetuneConfig, model: torch.nn.Module, tracker_id: str = "") -> None:
+        """Begin to send figures, if a tracker was asked for and is there; a tracker that fails stops nothing.
+
+        With the `tracker_id` of a run that goes on, wandb continues its curves.
+        """
         if self._tracker is None:
             return
         options = {
@@ -119,6 +163,8 @@ class Ranks:
             for key, value in config.model_dump().items()
         }
         name = {"name": config.wandb_run_name} if config.wandb_run_name else {}
+        if tracker_id and self._tracker == "wandb":
+            name |= {"id": tracker_id, "resume": "allow"}
         try:
             self._accelerator.init_trackers(
                 config.wandb_project or Path(config.output_dir).name,
@@ -130,6 +176,12 @@ class Ranks:
         except Exception as error:  # whatever goes wrong there, the training is worth more than its curves
             self.reporter.say(f"warning: --report_to {self._tracker}: {error}; going on without it".replace("\n", " "))
             self._accelerator.trackers = []
+
+    def tracker_id(self) -> str:
+        """Return what wandb knows this run by; nothing for other trackers."""
+        if self._tracker != "wandb" or not self._accelerator.trackers:
+            return ""
+        return str(self._accelerator.get_tracker("wandb", unwrap=True).id)
 
     def track(self, figures: dict[str, float], step: int) -> None:
         """Send the figures of a step."""

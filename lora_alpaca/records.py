@@ -4,15 +4,16 @@
 """
 
 import importlib.metadata
+import secrets
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_alpaca import __version__, adapters, contracts, folders
+from lora_alpaca import __version__, adapters, contracts, folders, storage
 from lora_alpaca.adapters import State
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.contracts import Contract
-from lora_alpaca.errors import AdapterError, CheckpointError, TemplateError
+from lora_alpaca.errors import AdapterError, TemplateError
 from lora_alpaca.ledger import Ledger
 from lora_alpaca.models import Base, Placement
 from lora_alpaca.prompts import AnyTemplate, load_template
@@ -22,6 +23,7 @@ NOT_THE_RUN = {  # options that change what is shown or where, but no weight
     "output_dir", "resume", "resume_from_checkpoint", "overwrite", "logging_steps", "save_steps", "save_total_limit",
     "cache_dir", "max_truncated", "max_dropped", "max_duplicates", "report_to", "wandb_project", "wandb_run_name",
     "wandb_watch", "wandb_log_model",
+    "allow_change", "on_nonfinite", "on_oom", "rank_timeout",
 }  # fmt: skip
 
 
@@ -59,6 +61,7 @@ def describe(
     return {
         "kind": "adapter",
         "status": "running",
+        "run": secrets.token_hex(8),
         "base_model": base.name,
         "base_revision": base.revision,
         "template": template.to_json(),
@@ -68,12 +71,13 @@ def describe(
         "data_sha256": data_sha256,
         "ledger": ledger.to_json(),
         "options": config.model_dump(),
+        "said": sorted(config.model_fields_set),
         "versions": versions(),
     }
 
 
-def check_same(stored: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise CheckpointError naming every difference that would make a resumed run another run."""
+def differences(stored: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return name -> (before, now) of everything that makes a resumed run another run."""
 
     def decisive(record: dict[str, Any]) -> dict[str, Any]:
         facts = {key: record[key] for key in THE_RUN}
@@ -82,33 +86,37 @@ def check_same(stored: dict[str, Any], now: dict[str, Any]) -> None:
         return options | facts | {"prompt_template": template}
 
     before, after = decisive(stored), decisive(now)
-    changed = [key for key in before if before[key] != after.get(key)]
-    if changed:
-        list_of = "; ".join(f"{key} was {before[key]!r:.60} and is {after.get(key)!r:.60}" for key in changed)
-        raise CheckpointError(
-            f"--resume: this is another run ({list_of}); say what was said then, or start anew with --overwrite"
-        )
+    return {key: (value, after.get(key)) for key, value in before.items() if value != after.get(key)}
 
 
-def save_adapter(
-    output_dir: Path,
-    state: State,
-    settings: dict[str, Any],
-    tokenizer: Any,
-    contract: dict[str, Any],
-    record: dict[str, Any],
-    run: Run,
-) -> None:
-    """Write the finished adapter: PEFT's two files, tokenizer, prompt contract, and the record last, now finished."""
-    before = set(folders.files_below(output_dir))
-    folders.write_tensors(output_dir / adapters.WEIGHTS, state)
-    folders.write_json(output_dir / adapters.SETTINGS, settings)
-    tokenizer.save_pretrained(output_dir)
-    folders.write_json(output_dir / contracts.FILE, contract)
-    ours = {adapters.WEIGHTS, adapters.SETTINGS, contracts.FILE}
-    files = sorted(set(folders.files_below(output_dir)) - before | ours)
-    result = {key: value for key, value in asdict(run).items() if key != "output_dir"}
-    folders.write_json(output_dir / folders.RECORD, record | {"status": "finished", "files": files, "result": result})
+@dataclass(frozen=True)
+class Adapter:
+    """A trained adapter with all that belongs to it: what its folder holds."""
+
+    state: State
+    settings: dict[str, Any]
+    tokenizer: Any
+    contract: dict[str, Any]
+    record: dict[str, Any]
+
+    def save(self, output_dir: Path, run: Run) -> None:
+        """Write PEFT's two files, tokenizer, prompt contract, and the record last, now finished. Raises OSError.
+
+        All is written and flushed elsewhere first: files appear one by one, each whole, and count with the record.
+        """
+        with storage.staged(output_dir / "final") as stage:
+            self.tokenizer.save_pretrained(stage)
+            storage.write(stage / adapters.SETTINGS, storage.as_json(self.settings))
+            storage.write(stage / contracts.FILE, storage.as_json(self.contract))
+            storage.write(stage / adapters.WEIGHTS, storage.as_tensors(self.state))
+            storage.settle(stage)
+            files = storage.files_below(stage)
+            for name in files:
+                (output_dir / name).parent.mkdir(exist_ok=True)
+                storage.rename(stage / name, output_dir / name)
+        result = {key: value for key, value in asdict(run).items() if key != "output_dir"}
+        finished = self.record | {"status": "finished", "files": files, "result": result}
+        storage.replace(output_dir / folders.RECORD, storage.as_json(finished))
 
 
 def finished_run(output_dir: Path) -> Run:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from itertools import cycle, groupby
 from pathlib import Path
 
-from lora_alpaca import folders, models
+from lora_alpaca import models, storage
 from lora_alpaca.common_options import DEMO
 from lora_alpaca.config import ShowConfig
 from lora_alpaca.data import Rows
@@ -43,7 +43,7 @@ def show(config: ShowConfig) -> None:
         coloured = "NO_COLOR" not in os.environ and (sys.stdout.isatty() or "FORCE_COLOR" in os.environ)
         print(*(_in_terminal(row, encoded, encoder, coloured) for row, encoded in pairs), sep="\n\n")
         return
-    folders.write_bytes(target, page(title, pairs, encoder).encode())
+    storage.replace(target, page(title, pairs, encoder).encode())
     print(f"{len(pairs)} rows written to {target}")
 
 

@@ -5,16 +5,19 @@ update is the same however the rows are cut up. (A mean of micro-batch means is 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from lora_alpaca import memory
 from lora_alpaca.adapters import State, trainable
 from lora_alpaca.engine import Engine
 from lora_alpaca.errors import TrainingError
 from lora_alpaca.examples import Example
 from lora_alpaca.ranks import Ranks
+
+LESS = "lower --token_budget or --cutoff_len (with --engine padded, --micro_batch_size), or say --on_oom shrink"
 
 
 @dataclass
@@ -25,53 +28,82 @@ class Step:
     grad_norm: float
     labels: int
     tokens: int
-    skipped: bool = False  # an fp16 overflow: the loss scale was lowered and nothing moved
+    overflow: bool = False  # of fp16: nothing moved, and the loss scale was lowered
+
+    @property
+    def finite(self) -> bool:
+        """Whether loss and gradient are numbers, but for what fp16's loss scale mends. Otherwise nothing moved."""
+        return math.isfinite(self.loss) and (math.isfinite(self.grad_norm) or self.overflow)
 
 
 class Learner:
     """The trainable parameters of a model and the optimizer that moves them, on one rank of many."""
 
-    def __init__(self, engine: Engine, ranks: Ranks, weight_decay: float, max_norm: float):
+    def __init__(self, engine: Engine, ranks: Ranks, weight_decay: float, max_norm: float, shrinks: bool = False):
         self.engine = engine
         self.model = engine.model
         self.ranks = ranks
         self.max_norm = max_norm
+        self.shrinks = shrinks
         self.parameters = trainable(self.model)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, weight_decay=weight_decay)
 
-    def step(self, examples: Sequence[Example], learning_rate: float, number: int) -> Step:
+    def step(self, examples: Sequence[Example], learning_rate: float) -> Step:
         """Train on the rows of one optimizer batch, of which this rank takes its share; every rank calls it.
 
-        Raises TrainingError before anything moves if the loss or the gradient is not finite.
+        Nothing moves where loss or gradient are not finite. Until something does, a signal may end it (StepAbandoned).
+        Raises TrainingError where the memory is too small.
         """
-        self.model.train()
         labels = sum(example.scored() for example in examples)
-        loss = torch.zeros((), device=self.ranks.device)
-        own_labels = torch.zeros((), device=self.ranks.device)  # a tensor, for a number would make the device wait
-        for batch in self.engine.batches(examples, self.ranks.rank, self.ranks.world_size):
-            with self.ranks.autocast():
-                part = self.engine.loss(batch) / labels
-            self.ranks.backward(part)
-            loss += part.detach()
-            own_labels += batch.weights.sum()
-        loss_value = self._reduce(loss, own_labels, labels)
-        norm, scaler = self._unscaled_norm(), self.ranks.scaler
-        overflow = scaler is not None and math.isfinite(loss_value) and not math.isfinite(norm)
-        if not overflow and not (math.isfinite(loss_value) and math.isfinite(norm)):
-            raise TrainingError(
-                f"step {number}: the loss is {loss_value} and the gradient norm {norm}; nothing was changed by it. "
-                "Lower --learning_rate, or try --dtype fp32 or --load_8bit False"
-            )
+        with self.ranks.stop.may_abandon():
+            loss = self._within_memory(lambda: self._gradient(examples, labels))
+            norm = self._unscaled_norm()
+        scaler = self.ranks.scaler
+        step = Step(loss, norm, labels, sum(len(example.input_ids) for example in examples))
+        step.overflow = scaler is not None and math.isfinite(loss) and not math.isfinite(norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         if scaler is not None:
-            scaler.step(self.optimizer)  # does nothing after an overflow, which unscale_ has noted
+            if step.finite:
+                scaler.step(self.optimizer)  # does nothing after an overflow, which unscale_ has noted
             scaler.update()
-        else:
+        elif step.finite:
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        tokens = sum(len(example.input_ids) for example in examples)
-        return Step(loss_value, norm, labels, tokens, skipped=overflow)
+        return step
+
+    def _gradient(self, examples: Sequence[Example], labels: int) -> float:
+        """Leave the gradient of the mean loss of some examples in the parameters, and return that loss.
+
+        Raises MemoryShortage on all ranks if one of them has too little memory.
+        """
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)  # of a step that was given up
+        loss = torch.zeros((), device=self.ranks.device)
+        own_labels = torch.zeros((), device=self.ranks.device)  # a tensor, for a number would make the device wait
+        shortage = ""
+        try:
+            for batch in self.engine.batches(examples, self.ranks.rank, self.ranks.world_size):
+                with self.ranks.autocast():
+                    part = self.engine.loss(batch) / labels
+                self.ranks.backward(part)
+                loss += part.detach()
+                own_labels += batch.weights.sum()
+        except (RuntimeError, MemoryError) as error:
+            shortage = memory.shortage(error)  # raises what is no shortage
+        return self._reduce(loss, own_labels, labels, shortage)
+
+    def _within_memory(self, compute: Callable[[], float]) -> float:
+        """Return what `compute` returns; with `shrinks`, it is tried with ever smaller packs or micro-batches."""
+        while True:
+            try:
+                return compute()
+            except memory.MemoryShortage as error:
+                smaller = self.engine.smaller() if self.shrinks else None
+                if smaller is None:
+                    raise TrainingError(f"out of memory ({error}); {memory.free(self.ranks.device)}; {LESS}") from None
+                self.ranks.reporter.say(f"out of memory: going on with {smaller}; the optimizer batch stays as it is")
+                self.engine = smaller
+            memory.release(self.ranks.device)
 
     @torch.no_grad()
     def evaluate(self, examples: Sequence[Example]) -> float:
@@ -80,33 +112,62 @@ class Learner:
         Raises TrainingError if it is not finite: such an adapter is never the best, and never goes unnoticed.
         """
         self.model.eval()
-        totals = torch.zeros(2, dtype=torch.float64)  # loss, labels
         by_length = sorted(examples, key=lambda example: len(example.input_ids))  # like lengths: little padding
-        for batch in self.engine.batches(by_length, self.ranks.rank, self.ranks.world_size):
-            with self.ranks.autocast():
-                loss = self.engine.loss(batch)
-            totals += torch.tensor([loss.item(), batch.weights.sum().item()], dtype=torch.float64)
-        loss_sum, labels = self.ranks.sum(totals).tolist()
-        if not math.isfinite(loss_sum):
-            raise TrainingError(f"the validation loss is {loss_sum}; try --dtype fp32, or a lower --learning_rate")
+        with self.ranks.stop.may_abandon():
+            mean = self._within_memory(lambda: self._mean_loss(by_length))
+        if not math.isfinite(mean):
+            raise TrainingError(f"the validation loss is {mean}; try --dtype fp32, or a lower --learning_rate")
+        return mean
+
+    def _mean_loss(self, examples: Sequence[Example]) -> float:
+        totals, shortage = torch.zeros(3, dtype=torch.float64), ""  # loss, labels, ranks that are short of memory
+        try:
+            for batch in self.engine.batches(examples, self.ranks.rank, self.ranks.world_size):
+                with self.ranks.autocast():
+                    loss = self.engine.loss(batch)
+                totals += torch.tensor([loss.item(), batch.weights.sum().item(), 0], dtype=torch.float64)
+        except (RuntimeError, MemoryError) as error:
+            shortage = memory.shortage(error)
+            totals = torch.tensor([0, 0, 1], dtype=torch.float64)
+        loss_sum, labels, short = self.ranks.sum(totals).tolist()
+        if short:
+            raise memory.MemoryShortage(shortage or "on another rank")
         return loss_sum / labels
 
-    def _reduce(self, loss: torch.Tensor, own_labels: torch.Tensor, labels: int) -> float:
+    @torch.no_grad()
+    def not_finite(self, examples: Sequence[Example]) -> list[int]:
+        """Return the places among some examples of those whose own loss is not finite; this rank looks at all."""
+        self.model.eval()
+        found = []
+        for place, example in enumerate(examples):
+            for batch in self.engine.batches([example]):
+                with self.ranks.autocast():
+                    if not torch.isfinite(self.engine.loss(batch)):
+                        found.append(place)
+        return found
+
+    def _reduce(self, loss: torch.Tensor, own_labels: torch.Tensor, labels: int, shortage: str) -> float:
         """Sum gradients, loss and label count over all ranks in one message; return the loss.
 
-        The count is known beforehand, so it is a check that all ranks train on the same rows.
+        The count is known beforehand, so it is a check that all ranks train on the same rows. Where one rank is short
+        of memory, all hear of it here.
         """
         for parameter in self.parameters:
             if parameter.grad is None:  # this rank had no row, or the loss does not depend on it
                 parameter.grad = torch.zeros_like(parameter)
         if self.ranks.world_size == 1:
+            if shortage:
+                raise memory.MemoryShortage(shortage)
             return loss.item()
         grads = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        message = torch.cat([grad.flatten() for grad in grads] + [torch.stack([loss, own_labels])])
+        short = torch.full_like(loss, float(bool(shortage)))
+        message = torch.cat([grad.flatten() for grad in grads] + [torch.stack([loss, own_labels, short])])
         message = self.ranks.sum(message)
-        for grad, summed in zip(grads, message[:-2].split([grad.numel() for grad in grads]), strict=True):
+        loss_value, counted, ranks_short = message[-3:].tolist()
+        if ranks_short:
+            raise memory.MemoryShortage(shortage or "on another rank")
+        for grad, summed in zip(grads, message[:-3].split([grad.numel() for grad in grads]), strict=True):
             grad.copy_(summed.view_as(grad))
-        loss_value, counted = message[-2:].tolist()
         if counted != labels:
             raise TrainingError(
                 f"the ranks counted {counted:.0f} labels in a step of {labels}: do all read the same data file?"

@@ -9,7 +9,7 @@ import lora_alpaca
 
 NAMES = """
     AdapterError CheckpointError ConfigError ContractError DataError ExportConfig ExportError FinetuneConfig FolderError
-    GenerateConfig Generator LoraAlpacaError ModelError Run Template TemplateError TrainingError __version__
+    GenerateConfig Generator LoraAlpacaError ModelError RankError Run Template TemplateError TrainingError __version__
     export_hf finetune load_template
 """
 
@@ -22,7 +22,8 @@ FLAGS = {
         weight_decay max_grad_norm group_by_length engine token_budget share_prefix compile
         gradient_checkpointing seed lora_r lora_alpha lora_dropout
         lora_target_modules use_rslora use_dora init_adapter eval_steps save_steps logging_steps
-        save_total_limit early_stopping_patience resume resume_from_checkpoint overwrite report_to wandb_project
+        save_total_limit early_stopping_patience resume resume_from_checkpoint allow_change overwrite
+        on_nonfinite on_oom rank_timeout report_to wandb_project
         wandb_run_name wandb_watch wandb_log_model
     """,
     "generate.py": f"""

@@ -12,7 +12,7 @@ import resource
 import pytest
 from command import refused, run
 
-from lora_alpaca import FinetuneConfig, finetune, folders
+from lora_alpaca import FinetuneConfig, finetune, folders, storage
 from lora_alpaca.common_options import DataOptions
 from lora_alpaca.data import Rows
 from lora_alpaca.data.files import read_file
@@ -421,11 +421,11 @@ def trained(tiny_llama, rows, tmp_path_factory):
 def test_a_file_that_changes_before_a_resume(trained, tiny_llama, rows, number):
     record = folders.read_record(trained / "out")
     running = {key: value for key, value in record.items() if key != "files"} | {"status": "running"}
-    folders.write_json(trained / "out" / folders.RECORD, running)
+    storage.replace(trained / "out" / folders.RECORD, storage.as_json(running))
     content = json.loads((trained / "rows.json").read_text())
     changed = written(trained, json.dumps([*content[:-1], content[-1] | {"output": "changed"}]))
     result = finetuned(changed, tiny_llama, "--resume", "--max_steps", "2", "--batch_size", "2")
-    folders.write_json(trained / "out" / folders.RECORD, record)
+    storage.replace(trained / "out" / folders.RECORD, storage.as_json(record))
     assert result.code == 1
     assert re.fullmatch(r"error: --resume: this is another run \(.*data_sha256 was .+ and is .+\n", result.err)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from command import refused, run
 
-from lora_alpaca import data, folders, models, planning
+from lora_alpaca import data, folders, models, planning, storage
 from lora_alpaca.config import FinetuneConfig, GenerateConfig
 
 SHORT = ["--max_steps", "1", "--batch_size", "2", "--val_set_size", "2", "--cutoff_len", "96"]
@@ -168,7 +168,7 @@ def test_an_output_dir_that_is_a_file(train):
 
 def unfinished(folder):
     models.Path(folder).mkdir()
-    folders.write_json(models.Path(folder) / folders.RECORD, {"status": "running", "kind": "adapter"})
+    storage.replace(models.Path(folder) / folders.RECORD, storage.as_json({"status": "running", "kind": "adapter"}))
 
 
 def test_resume_without_a_checkpoint_starts_fresh(train):

@@ -5,7 +5,7 @@ import torch
 from conftest import as_row
 from safetensors.torch import load_file, save_file
 
-from lora_alpaca import ExportConfig, FinetuneConfig, adapters, export_hf, finetune, folders
+from lora_alpaca import ExportConfig, FinetuneConfig, adapters, export_hf, finetune, folders, storage
 from lora_alpaca.errors import AdapterError, FolderError, ModelError
 
 
@@ -57,7 +57,7 @@ def test_the_merged_folder_has_tokenizer_template_and_stop_ids(adapter, tmp_path
     assert record["stop_ids"] == [2]
     assert json.loads((merged / "generation_config.json").read_text())["eos_token_id"] in (2, [2])
     assert (merged / "tokenizer.json").is_file()
-    assert set(record["files"]) | {folders.RECORD} == set(folders.files_below(merged))
+    assert set(record["files"]) | {folders.RECORD} == set(storage.files_below(merged))
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
@@ -134,7 +134,7 @@ def test_overwrite(adapter, tmp_path):
 
 def test_a_run_that_never_finished_is_refused(adapter, tmp_path):
     copy = damaged(adapter, tmp_path, dict)
-    folders.write_json(copy / folders.RECORD, folders.read_record(copy) | {"status": "running"})
+    storage.replace(copy / folders.RECORD, storage.as_json(folders.read_record(copy) | {"status": "running"}))
     with pytest.raises(AdapterError, match="never finished; go on with it"):
         export(copy, tmp_path)
 

@@ -60,7 +60,7 @@ def gradients(folder, rows, micro_batch_size, token_budget=None, **options):
         with context as (engine, _):
             learner, kept = Learner(engine, ranks, weight_decay=0.0, max_norm=0.0), []
             learner.optimizer.step = lambda: kept.extend(p.grad.flatten().clone() for p in learner.parameters)
-            step = learner.step(examples, 0.0, number=1)
+            step = learner.step(examples, 0.0)
     return torch.cat(kept), step.loss
 
 
@@ -128,8 +128,7 @@ def test_a_loss_that_is_not_finite_moves_nothing(tiny_llama, rows):
         learner = Learner(padded(model, 2), ranks, weight_decay=0.0, max_norm=1.0)
         before = adapters.state(model)
         model.get_output_embeddings().weight.data[0] = float("nan")
-        with pytest.raises(TrainingError, match="step 7: the loss is nan"):
-            learner.step([Example([1, 5, 6], [-100, 5, 6])], 1e-3, number=7)
+        assert not learner.step([Example([1, 5, 6], [-100, 5, 6])], 1e-3).finite
         after = adapters.state(model)
         with pytest.raises(TrainingError, match="the validation loss is nan"):
             learner.evaluate([Example([1, 5, 6], [-100, 5, 6])])
@@ -153,7 +152,7 @@ def test_optimizer_state_comes_back(tiny_llama, rows):
     with Ranks(config) as ranks:
         model = with_adapter(tiny_llama, ranks.placement)
         learner = Learner(padded(model, 2), ranks, weight_decay=0.0, max_norm=1.0)
-        learner.step([Example([1, 5, 6], [-100, 5, 6])], 1e-3, number=1)
+        learner.step([Example([1, 5, 6], [-100, 5, 6])], 1e-3)
         state = learner.optimizer_state()
         again = Learner(padded(model, 2), ranks, weight_decay=0.0, max_norm=1.0)
         again.load_optimizer_state(state)

@@ -7,7 +7,7 @@ import torch
 from command import refused, run
 from safetensors.torch import load_file
 
-from lora_alpaca import FinetuneConfig, finetune, folders
+from lora_alpaca import FinetuneConfig, finetune, folders, storage
 from lora_alpaca.errors import AdapterError, CheckpointError, ConfigError, DataError, ModelError
 from lora_alpaca.planning import Plan
 
@@ -52,7 +52,7 @@ def interrupt(folder, last_checkpoint):
             folders.remove_checkpoint(folder / name)
         elif (folder / name).is_file():
             (folder / name).unlink()
-    folders.write_json(folder / folders.RECORD, record | {"status": "running"})
+    storage.replace(folder / folders.RECORD, storage.as_json(record | {"status": "running"}))
 
 
 def test_the_adapter_folder_remembers_everything(options, tmp_path):

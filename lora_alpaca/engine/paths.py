@@ -4,7 +4,7 @@ Both give the same loss and the same gradients; a pack has no padding in it, and
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -14,6 +14,8 @@ from lora_alpaca.batching import micro_batches, pad
 from lora_alpaca.engine.loss import Score, ScoredCrossEntropy, cross_entropy
 from lora_alpaca.examples import IGNORED, Example
 from lora_alpaca.packing import pack, packs
+
+LEAST_BUDGET = 64  # tokens; packs of less hold single rows anyway
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,10 @@ class Engine:
 
     def batches(self, examples: Sequence[Example], rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """Yield a rank's share of some examples, on the device."""
+        raise NotImplementedError
+
+    def smaller(self) -> "Engine | None":
+        """Return this engine with batches of half the size, or None where that is not to be had."""
         raise NotImplementedError
 
     def loss(self, batch: Batch) -> torch.Tensor:
@@ -64,6 +70,10 @@ class Packed(Engine):
         shared = "" if self.share_prefix else ", beginnings not shared"
         return f"packs of {self.token_budget} tokens{shared}"
 
+    def smaller(self) -> "Packed | None":
+        """Return this engine with half the token budget; a single row is a pack however small that is."""
+        return replace(self, token_budget=self.token_budget // 2) if self.token_budget > LEAST_BUDGET else None
+
     def batches(self, examples: Sequence[Example], rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """Yield every `world_size`-th pack of the examples."""
         for rows in packs(examples, self.token_budget, self.share_prefix)[rank::world_size]:
@@ -82,6 +92,10 @@ class Padded(Engine):
 
     def __str__(self) -> str:
         return f"padded micro-batches of {self.micro_batch_size} rows"
+
+    def smaller(self) -> "Padded | None":
+        """Return this engine with micro-batches of half the size."""
+        return replace(self, micro_batch_size=self.micro_batch_size // 2) if self.micro_batch_size > 1 else None
 
     def batches(self, examples: Sequence[Example], rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """Yield a rank's rows, every `world_size`-th, as micro-batches."""
