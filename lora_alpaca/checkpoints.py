@@ -104,9 +104,9 @@ def _run(folder: Path) -> str:
 
 
 def _folders(output_dir: Path) -> list[Path]:
-    """Return the folders named like checkpoints, the newest step first."""
-    named = (path for path in output_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name) and path.is_dir())
-    return sorted(named, key=_step, reverse=True)
+    """Return the checkpoint folders, whole or damaged, the newest step first; a name alone makes none of ours."""
+    named = (path for path in output_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name))
+    return sorted((path for path in named if _run(path) or (path / STATE).is_file()), key=_step, reverse=True)
 
 
 def _step(folder: Path) -> int:
