@@ -106,7 +106,11 @@ def _run(folder: Path) -> str:
 def _folders(output_dir: Path) -> list[Path]:
     """Return the checkpoint folders, whole or damaged, the newest step first; a name alone makes none of ours."""
     named = (path for path in output_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name))
-    return sorted((path for path in named if _run(path) or (path / STATE).is_file()), key=_step, reverse=True)
+    return sorted((path for path in named if _run(path) or _has_parts(path)), key=_step, reverse=True)
+
+
+def _has_parts(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (WEIGHTS, OPTIMIZER, STATE))
 
 
 def _step(folder: Path) -> int:

@@ -185,7 +185,7 @@ def test_resume_with_nothing_but_damaged_checkpoints(train):
     unfinished("lora-alpaca")
     broken = models.Path("lora-alpaca/checkpoint-3")
     broken.mkdir()
-    (broken / "manifest.json").write_text('{"files": {"state.json": {"bytes": 1, "sha256": "0"}}}')
+    (broken / "manifest.json").write_text('{"run": "1", "files": {"state.json": {"bytes": 1, "sha256": "0"}}}')
     result = train("--resume")
     assert result.code == 1
     assert "no checkpoint in lora-alpaca is whole" in result.err
