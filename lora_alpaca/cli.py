@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar, get_args
 import fire
 from fire.decorators import SetParseFn
 
-from lora_alpaca.config import ExportConfig, FinetuneConfig, GenerateConfig, ShowConfig
+from lora_alpaca.config import ConvertConfig, ExportConfig, FinetuneConfig, GenerateConfig, ShowConfig
 from lora_alpaca.errors import ConfigError, LoraAlpacaError
 from lora_alpaca.options import Options
 
@@ -26,6 +26,7 @@ VERBS: dict[str, type[Options]] = {
     "generate": GenerateConfig,
     "export": ExportConfig,
     "show": ShowConfig,
+    "convert_adapter": ConvertConfig,
 }
 
 
@@ -71,6 +72,10 @@ def _run(config: Options) -> None:
         from lora_alpaca.showing import show
 
         show(config)
+    elif isinstance(config, ConvertConfig):
+        from lora_alpaca.converting import convert_adapter
+
+        convert_adapter(config)
     elif isinstance(config, ExportConfig):
         from lora_alpaca.exporting import export_hf
 
@@ -151,8 +156,11 @@ def parse(config_class: type[Config], argv: Sequence[str]) -> Config:
 def _joined(config_class: type[Options], argv: Sequence[str]) -> list[str]:
     """Return the words as `--name=value`, the one form that fire cannot misread, having refused all others."""
     words, joined, seen = list(argv), [], set()
+    places = list(config_class.places)
     while words:
         word = words.pop(0)
+        if places and not word.startswith("-"):
+            word = f"--{places.pop(0)}={word}"
         if not word.startswith("--") or word == "--":
             raise ConfigError(f"stray word {word!r}; every option is --name value")
         dashed, equals, value = word[2:].partition("=")
@@ -198,7 +206,7 @@ def help_text(config_class: type[Options]) -> str:
 
 
 def _overview() -> str:
-    rows = [f"  {verb:10}{(config.__doc__ or '').splitlines()[0]}" for verb, config in VERBS.items()]
+    rows = [f"  {verb:17}{(config.__doc__ or '').splitlines()[0]}" for verb, config in VERBS.items()]
     return "\n".join(["lora-alpaca COMMAND --flag value ...", "", *rows, "", "COMMAND --help lists its options."])
 
 

@@ -6,7 +6,7 @@ This module imports neither torch nor any other heavy library, so a wrong flag i
 
 import math
 import os
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, model_validator
 
@@ -273,4 +273,15 @@ class ShowConfig(DataOptions):
         "what to show",
         "Write a web page of the rows to this file; without --row, of the first 100.",
         auto="the terminal",
+    )
+
+
+class ConvertConfig(Options):
+    """Turn an old adapter_model.bin, read as tensors only, into safetensors: convert_adapter OLD NEW."""
+
+    places: ClassVar[tuple[str, ...]] = ("old", "new")
+
+    old: str = option(..., "model and data", "Folder of the old adapter, or its hub id.", auto="none, it must be said")
+    new: str = option(
+        ..., "model and data", "Folder for the new one; it must not be there.", auto="none, it must be said"
     )

@@ -19,6 +19,7 @@ from lora_alpaca.encoding import Encoder
 from lora_alpaca.engine import Settings, fitted
 from lora_alpaca.errors import DataError
 from lora_alpaca.examples import Examples
+from lora_alpaca.fingerprints import base_fingerprint
 from lora_alpaca.options import user_path
 from lora_alpaca.planning import Plan
 from lora_alpaca.preparation import Prepared
@@ -56,7 +57,7 @@ def finetune(config: FinetuneConfig, rows: Rows | None = None) -> Run:
         held_out = data.held_out(len(rows), config.val_set_size, config.seed)
 
         base = models.locate_base(config.base_model, config.revision, config.trust_remote_code)
-        config = planning.within_model(config, base, ranks.reporter)
+        config = planning.within_model(config, base, ranks.placement, ranks.reporter)
         tokenizer = models.load_tokenizer(base)
         resumed = checkpoints.load(checkpoint_dir) if checkpoint_dir else None
         template = (_as_before(resumed, template) or fitting_template(rows.formats, tokenizer)).bound(tokenizer)
@@ -71,9 +72,10 @@ def finetune(config: FinetuneConfig, rows: Rows | None = None) -> Run:
         if not config.add_eos_token:
             say("warning: --add_eos_token False: the end token is not learned, so answers will not stop by themselves")
 
-        record = records.describe(
-            config, base, template, fingerprint(tokenizer), ranks.placement, ranks.world_size, rows.digest, ledger
-        )
+        with ranks.first_here():  # the others find the hashes of its files in the cache
+            base_sha256 = base_fingerprint(base)
+        hashes = (base_sha256, template, fingerprint(tokenizer))
+        record = records.describe(config, base, *hashes, ranks.placement, ranks.world_size, rows.digest, ledger)
         if resumed:
             records.check_same(resumed.facts["record"], record)
         plan = Plan(**resumed.facts["plan"]) if resumed else planning.resolve(config, len(train), ranks.world_size)

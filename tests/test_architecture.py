@@ -30,6 +30,8 @@ LAYERS = [  # a module imports only from lines above its own
     "folders",
     "contracts",
     "models",
+    "skeletons",
+    "fingerprints",
     "adapters",
     "checkpoints",
     "records",
@@ -42,6 +44,7 @@ LAYERS = [  # a module imports only from lines above its own
     "showing",
     "generation",
     "exporting",
+    "converting",
     "webui",
     "cli",
 ]
@@ -55,15 +58,25 @@ HOMES = {  # the modules that may import a library
     "huggingface_hub": {"adapters"},
     "numpy": {"examples", "preparation"},
     "peft": {"adapters"},
-    "psutil": {"exporting"},
+    "psutil": {"exporting", "skeletons"},
     "pyarrow": {"data"},
     "pydantic": {"common_options", "config", "options"},
     "safetensors": {"adapters", "checkpoints", "folders", "models"},
     "tokenizers": {"tokenization"},
-    "torch": {"adapters", "batching", "checkpoints", "exporting", "folders", "generation", "models", "planning"}
-    | {"engine", "packing", "quantization", "ranks", "step", "training", "webui"},
+    "torch": {
+        "adapters",
+        "batching",
+        "checkpoints",
+        "converting",
+        "exporting",
+        "folders",
+        "generation",
+        "models",
+        "planning",
+    }
+    | {"engine", "packing", "quantization", "ranks", "skeletons", "step", "training", "webui"},
     "tqdm": {"reports"},
-    "transformers": {"adapters", "engine", "generation", "models", "quantization"},
+    "transformers": {"adapters", "engine", "generation", "models", "quantization", "skeletons"},
     "wandb": {"reports"},
 }
 

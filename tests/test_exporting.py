@@ -82,7 +82,7 @@ def damaged(adapter, tmp_path, change):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda state: {k: v * 0 if "lora_B" in k else v for k, v in state.items()}, "merging it changes no weight"),
+        (lambda state: {k: v * 0 if "lora_B" in k else v for k, v in state.items()}, "the adapter changes nothing"),
         (lambda state: {k: v * float("nan") for k, v in state.items()}, "holds NaN"),
         (lambda state: {}, "holds no tensors"),
         (lambda state: dict(list(state.items())[1:]), "is missing; wrong base model?"),
