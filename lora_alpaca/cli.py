@@ -16,6 +16,7 @@ import fire
 from fire.decorators import SetParseFn
 
 from lora_alpaca.config import ConvertConfig, ExportConfig, FinetuneConfig, GenerateConfig, ShowConfig
+from lora_alpaca.environment import check_libraries
 from lora_alpaca.errors import ConfigError, LoraAlpacaError
 from lora_alpaca.options import Options
 
@@ -62,6 +63,7 @@ def _answer(words: list[str]) -> None:
 
 def _run(config: Options) -> None:
     """Hand a good config to the library function behind it; the heavy imports begin here."""
+    check_libraries()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its warning about forks is not the user's to solve
     if isinstance(config, FinetuneConfig):
         rows = _read_early(config)

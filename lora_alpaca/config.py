@@ -5,14 +5,14 @@ This module imports neither torch nor any other heavy library, so a wrong flag i
 """
 
 import math
-import os
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, model_validator
 
-from lora_alpaca.common_options import ADAPTER_DIR, EXPORT_DIR, DataOptions, ModelOptions
+from lora_alpaca.common_options import ADAPTER_DIR, DEMO, EXPORT_DIR, DataOptions, ModelOptions
+from lora_alpaca.environment import world_size
 from lora_alpaca.errors import ConfigError
-from lora_alpaca.options import AutoBool, Device, Dtype, Engine, Finite, Names, Options, lower, option
+from lora_alpaca.options import AutoBool, Device, Dtype, Engine, Finite, Names, Options, lower, option, user_path
 
 
 class FinetuneConfig(DataOptions, ModelOptions):
@@ -161,7 +161,13 @@ class FinetuneConfig(DataOptions, ModelOptions):
             )
         if (size := self.val_set_size) is not None and size >= 1 and size != int(size):
             raise ConfigError(f"--val_set_size {size}: a whole number of rows, or a share below 1")
-        self.micro_batch(int(os.environ.get("WORLD_SIZE", "1")))
+        for flag, name in (
+            ("base_model", self.base_model),
+            *(("data_path", name) for name in self.data_path.split(",")),
+        ):
+            if name not in ("", DEMO) and user_path(name).exists() and _holds(self.output_dir, name):
+                raise ConfigError(f"--output_dir {self.output_dir} is, or holds, --{flag} {name}; name another folder")
+        self.micro_batch(world_size())
         return self
 
     def micro_batch(self, world_size: int) -> int:
@@ -180,6 +186,10 @@ class FinetuneConfig(DataOptions, ModelOptions):
         parts += (" x " if parts and world_size > 1 else "") + (f"{world_size} devices" if world_size > 1 else "")
         nearest = sorted({max(unit, batch // unit * unit), math.ceil(batch / unit) * unit})
         raise ConfigError(f"--batch_size {batch} is no multiple of {parts}; nearest: {' or '.join(map(str, nearest))}")
+
+
+def _holds(folder: str, name: str) -> bool:
+    return user_path(name).resolve().is_relative_to(user_path(folder).resolve())
 
 
 class GenerateConfig(ModelOptions):

@@ -20,6 +20,7 @@ from lora_alpaca.models import Base
 from lora_alpaca.options import user_cache
 
 CACHE = "file_hashes.json"
+THREADS = min(8, 2 * (os.cpu_count() or 1))
 FRESH_SECONDS = 2  # a file changed so lately may change again without a new time, so its hash is not kept
 WRITER = ("_name_or_path", "transformers_version")  # of a config: who wrote it, not what it says
 
@@ -42,7 +43,7 @@ def base_fingerprint(base: Base) -> str:
 def hashes(paths: Sequence[Path]) -> list[str]:
     """Return the sha256 of files, side by side: from their names in the hub's cache, from ours, or by reading them."""
     kept = folders.read_json(user_cache() / CACHE)
-    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:  # hashing leaves Python's lock
+    with ThreadPoolExecutor(THREADS) as pool:  # some read while others hash; neither needs Python's lock
         found = list(pool.map(lambda path: _hash(path, kept), paths))
     learned = {path: facts for path, facts in found if kept.get(path, facts) != facts or path not in kept}
     if old := {path: facts for path, facts in learned.items() if not _is_fresh(facts)}:

@@ -44,7 +44,8 @@ def place(
 ) -> tuple[Placement, list[str]]:
     """Return where and how to compute, and a sentence for everything that could not be had as asked.
 
-    `device` is what a launcher has already chosen. Raises ConfigError for a device that is not there.
+    `device` is what a launcher has already chosen. Raises ConfigError for a device that is not there, ModelError where
+    bitsandbytes is needed and is not.
     """
     device = device or pick_device(options.device)
     said: list[str] = []
@@ -61,6 +62,10 @@ def place(
     if bits != 16 and device.type == "mps":
         bits = 16
         said.append("bitsandbytes cannot quantise on mps: the base is left unquantised")
+    if bits != 16:
+        quantization.check_library(bits)
+    if bits != 16 and device.type == "cpu":
+        said.append(f"no GPU is used: a base in {bits} bits works on a CPU, and is slow")
     return Placement(device, DTYPES[dtype], bits), said
 
 

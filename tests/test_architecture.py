@@ -14,6 +14,7 @@ PACKAGE = ROOT / "lora_alpaca"
 
 LAYERS = [  # a module imports only from lines above its own
     "errors",
+    "environment",
     "options",
     "common_options",
     "config",

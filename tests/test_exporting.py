@@ -76,6 +76,8 @@ def damaged(adapter, tmp_path, change):
     copy = tmp_path / "copy"
     shutil.copytree(adapter, copy)
     save_file(change(load_file(copy / "adapter_model.safetensors")), copy / "adapter_model.safetensors")
+    changed = {"adapter_sha256": folders.sha256(copy / "adapter_model.safetensors")}
+    folders.write_json(copy / folders.RECORD, folders.read_record(copy) | changed)
     return copy
 
 
