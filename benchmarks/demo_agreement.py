@@ -24,7 +24,10 @@ from lora_alpaca.reports import minutes
 
 ROOT = Path(__file__).parent.parent
 SEEDS = (42, 1, 2)
-PYTHON, TORCHRUN = [sys.executable], [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+PYTHON, TORCHRUN = (
+    [sys.executable],
+    [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
+)
 SETTINGS = {  # name: launcher, flags of training and generation
     "8-bit": (PYTHON, ["--load_8bit", "True"]),
     "bf16": (PYTHON, ["--load_8bit", "False", "--dtype", "bf16"]),

@@ -15,7 +15,8 @@ from typing import Any, NoReturn, TypeVar, get_args
 import fire
 from fire.decorators import SetParseFn
 
-from lora_alpaca.config import ExportConfig, FinetuneConfig, GenerateConfig, ShowConfig
+from lora_alpaca.config import ConvertConfig, ExportConfig, FinetuneConfig, GenerateConfig, ShowConfig
+from lora_alpaca.environment import check_libraries
 from lora_alpaca.errors import ConfigError, LoraAlpacaError
 from lora_alpaca.options import Options
 from lora_alpaca.stopping import Interrupted, Stop
@@ -27,6 +28,7 @@ VERBS: dict[str, type[Options]] = {
     "generate": GenerateConfig,
     "export": ExportConfig,
     "show": ShowConfig,
+    "convert_adapter": ConvertConfig,
 }
 
 
@@ -63,6 +65,7 @@ def _answer(words: list[str]) -> None:
 
 def _run(config: Options) -> None:
     """Hand a good config to the library function behind it; the heavy imports begin here."""
+    check_libraries()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its warning about forks is not the user's to solve
     if isinstance(config, FinetuneConfig):
         rows = _read_early(config)
@@ -73,6 +76,10 @@ def _run(config: Options) -> None:
         from lora_alpaca.showing import show
 
         show(config)
+    elif isinstance(config, ConvertConfig):
+        from lora_alpaca.converting import convert_adapter
+
+        convert_adapter(config)
     elif isinstance(config, ExportConfig):
         from lora_alpaca.exporting import export_hf
 
@@ -153,8 +160,11 @@ def parse(config_class: type[Config], argv: Sequence[str]) -> Config:
 def _joined(config_class: type[Options], argv: Sequence[str]) -> list[str]:
     """Return the words as `--name=value`, the one form that fire cannot misread, having refused all others."""
     words, joined, seen = list(argv), [], set()
+    places = list(config_class.places)
     while words:
         word = words.pop(0)
+        if places and not word.startswith("-"):
+            word = f"--{places.pop(0)}={word}"
         if not word.startswith("--") or word == "--":
             raise ConfigError(f"stray word {word!r}; every option is --name value")
         dashed, equals, value = word[2:].partition("=")
@@ -200,7 +210,7 @@ def help_text(config_class: type[Options]) -> str:
 
 
 def _overview() -> str:
-    rows = [f"  {verb:10}{(config.__doc__ or '').splitlines()[0]}" for verb, config in VERBS.items()]
+    rows = [f"  {verb:17}{(config.__doc__ or '').splitlines()[0]}" for verb, config in VERBS.items()]
     return "\n".join(["lora-alpaca COMMAND --flag value ...", "", *rows, "", "COMMAND --help lists its options."])
 
 

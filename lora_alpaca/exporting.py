@@ -5,19 +5,21 @@ saved is an ordinary transformers folder with tokenizer, stop ids, and the promp
 """
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
-from lora_alpaca import adapters, contracts, folders, models, records, storage
+from lora_alpaca import adapters, contracts, folders, models, records, skeletons, storage
 from lora_alpaca.config import ExportConfig
 from lora_alpaca.encoding import Encoder
-from lora_alpaca.errors import AdapterError, ExportError
-from lora_alpaca.models import DTYPES, Placement
+from lora_alpaca.errors import AdapterError, ExportError, FolderError, ModelError
+from lora_alpaca.models import DTYPES, Base, Placement
 from lora_alpaca.options import user_path
 from lora_alpaca.prompts import AnyTemplate, Conversation
+from lora_alpaca.skeletons import gigabytes
 
 PROBES = [
     ("Tell me about alpacas.", ""),
@@ -34,10 +36,11 @@ def export_hf(config: ExportConfig) -> Path:
     logits are not those of base + adapter; in both cases nothing is written.
     """
     output_dir, adapter = user_path(config.output_dir), user_path(config.lora_weights)
-    if not (adapter / adapters.SETTINGS).is_file():
+    if not adapter.exists():
         raise AdapterError(
             f"--lora_weights {adapter}: no adapter there; train one first: python finetune.py --output_dir {adapter}"
         )
+    adapters.check_folder("--lora_weights", adapter)
     folders.check(output_dir, config.overwrite, "remove it, or pass --overwrite")
     origin = records.read_origin(adapter)
     template = records.agreed_template(config.prompt_template, origin.contract, str(adapter))
@@ -50,13 +53,17 @@ def export_hf(config: ExportConfig) -> Path:
         print(f"merging into {named}, as asked; the adapter records {origin.base_model}")
     revision = config.revision or (origin.base_revision if named == origin.base_model else None)
     base = models.locate_base(named, revision, config.trust_remote_code)
+    stored = base.config.get_text_config().dtype or torch.float32
+    target = stored if config.dtype == "auto" else DTYPES[config.dtype]
+    _check_places(base, adapter, output_dir, target)
+    device = models.pick_device("cpu" if config.device == "auto" else config.device)
+    skeletons.check_memory(base, placement := Placement(device, stored, bits=16))
+    for warning in records.check_adapter(adapter, origin, base):
+        print(warning)
     tokenizer = models.load_tokenizer(base, adapter if (adapter / "tokenizer_config.json").is_file() else None)
     template = origin.contract.keep(tokenizer) if origin.contract else template.bound(tokenizer)
 
-    device = models.pick_device("cpu" if config.device == "auto" else config.device)
-    stored = base.config.get_text_config().dtype or torch.float32
-    target = stored if config.dtype == "auto" else DTYPES[config.dtype]
-    model = models.load_base(base, Placement(device, stored, bits=16))
+    model = models.load_base(base, placement)
     if _fits_in_fp32(model, device):
         model = model.float()
     print(f"merging {adapter} into {base.name} in {str(model.dtype).removeprefix('torch.')}")
@@ -95,6 +102,27 @@ def export_hf(config: ExportConfig) -> Path:
         said = folders.publish(stage, output_dir, config.overwrite)
     print(*said, _summary(receipt), f"merged model saved in {output_dir}", sep="\n")
     return output_dir
+
+
+def _check_places(base: Base, adapter: Path, output_dir: Path, dtype: torch.dtype) -> None:
+    """Raise where the merge must not be made: from a quantised base, onto what it is made from, or onto a full disk."""
+    if getattr(base.config, "quantization_config", None):
+        raise ModelError(
+            f"--base_model {base.name} is stored quantised; merging needs full precision: name the model that it was "
+            "quantised from"
+        )
+    for flag, source in (("--base_model", Path(base.path)), ("--lora_weights", adapter)):
+        if output_dir.exists() and source.exists() and output_dir.samefile(source):
+            raise FolderError(f"--output_dir {output_dir} is the folder of {flag}; name another folder")
+    above = next(parent for parent in output_dir.resolve().parents if parent.exists())
+    if (skeleton := skeletons.skeleton(base)) is None:
+        return
+    needed = skeletons.memory_bytes(skeleton, Placement(torch.device("cpu"), dtype, bits=16))
+    if needed > (free := shutil.disk_usage(above).free):
+        raise FolderError(
+            f"--output_dir {output_dir}: the merged model takes {gigabytes(needed)}, and {gigabytes(free)} are free "
+            "on that disk; name a folder on another one"
+        )
 
 
 def _fits_in_fp32(model: Any, device: torch.device) -> bool:

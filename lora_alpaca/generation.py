@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from lora_alpaca import adapters, contracts, folders, models, records
+from lora_alpaca import adapters, contracts, folders, models, records, skeletons
 from lora_alpaca.common_options import ADAPTER_DIR, DEMO
 from lora_alpaca.config import GenerateConfig
 from lora_alpaca.encoding import Encoder
@@ -85,6 +85,9 @@ class Generator:
         template = _template(config, source)
         placement, said = models.place(config)
         _say(*said)
+        skeletons.check_memory(source.base, placement)
+        if source.adapter is not None and source.origin is not None:
+            _say(*records.check_adapter(source.adapter, source.origin, source.base))
         tokenizer = models.load_tokenizer(source.base, source.tokenizer_dir)
         contract = source.origin.contract if source.origin else None
         template = contract.keep(tokenizer) if contract else template.bound(tokenizer)
@@ -246,14 +249,9 @@ def _find(config: GenerateConfig) -> Source:
             _say(f"{default} was made for {origin.base_model or 'an unknown base'}: answering with {named} alone")
     if adapter is None:
         return _model_alone(config, named)
-    if (
-        not (adapter / adapters.SETTINGS).is_file()
-        and not adapter.exists()
-        and str(config.lora_weights).count("/") == 1
-    ):
+    if not adapter.exists() and str(config.lora_weights).count("/") == 1:
         adapter = adapters.download(config.lora_weights)
-    if not (adapter / adapters.SETTINGS).is_file():
-        raise ConfigError(f"--lora_weights {adapter}: no adapter there ({adapters.SETTINGS} is missing)")
+    adapters.check_folder("--lora_weights", adapter)
     origin = records.read_origin(adapter)
     if not named and not origin.base_model:
         raise ConfigError(f"{adapter} does not record its base model; name it with --base_model")

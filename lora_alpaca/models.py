@@ -7,14 +7,16 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
-from transformers.utils.hub import cached_file, extract_commit_hash
+from safetensors import SafetensorError, safe_open
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as BOTH_WAYS
+from transformers.utils.hub import cached_file, extract_commit_hash, get_checkpoint_shard_files
 
 from lora_alpaca import quantization
 from lora_alpaca.common_options import DEMO, ModelOptions
 from lora_alpaca.errors import ConfigError, ModelError
 from lora_alpaca.options import user_path
 
+ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"  # of weights, as transformers looks for them
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 if not sys.stderr.isatty():
@@ -42,7 +44,8 @@ def place(
 ) -> tuple[Placement, list[str]]:
     """Return where and how to compute, and a sentence for everything that could not be had as asked.
 
-    `device` is what a launcher has already chosen. Raises ConfigError for a device that is not there.
+    `device` is what a launcher has already chosen. Raises ConfigError for a device that is not there, ModelError where
+    bitsandbytes is needed and is not.
     """
     device = device or pick_device(options.device)
     said: list[str] = []
@@ -59,6 +62,10 @@ def place(
     if bits != 16 and device.type == "mps":
         bits = 16
         said.append("bitsandbytes cannot quantise on mps: the base is left unquantised")
+    if bits != 16:
+        quantization.check_library(bits)
+    if bits != 16 and device.type == "cpu":
+        said.append(f"no GPU is used: a base in {bits} bits works on a CPU, and is slow")
     return Placement(device, DTYPES[dtype], bits), said
 
 
@@ -124,10 +131,15 @@ def locate_base(name: str, revision: str | None = None, trust_remote_code: bool 
         )
         raise ModelError(f"--base_model {name}: {hint if folder.exists() else 'no such folder'}")
     path = str(folder.resolve()) if local else name
-    with _one_line(f"--base_model {name}"):
+    with one_line(f"--base_model {name}"):
         # the file lies in a folder named by its commit: what a branch means may change, and this does not
         commit = None if local else extract_commit_hash(cached_file(path, "config.json", revision=revision), None)
         config = transformers.AutoConfig.from_pretrained(path, revision=commit, trust_remote_code=trust_remote_code)
+    if config.is_encoder_decoder or (config.model_type in BOTH_WAYS and not getattr(config, "is_decoder", False)):
+        raise ModelError(
+            f"--base_model {name}: a {config.model_type} model does not write on from a text; "
+            "name a causal language model, such as a Llama, Mistral, Qwen or GPT"
+        )
     return Base(path if local and name != DEMO else name, path, commit, trust_remote_code, config)
 
 
@@ -137,7 +149,7 @@ def load_tokenizer(base: Base, folder: Path | None = None) -> Any:
     Padding never reaches a label or an attention mask, so any token can serve; the unknown token is tried first.
     """
     where = str(folder or base.path)
-    with _one_line(f"the tokenizer of {where}"):
+    with one_line(f"the tokenizer of {where}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             where, revision=None if folder else base.revision, trust_remote_code=base.trust_remote_code
         )
@@ -150,11 +162,13 @@ def load_tokenizer(base: Base, folder: Path | None = None) -> Any:
 
 def load_base(base: Base, placement: Placement) -> Any:
     """Return the frozen causal language model on its device, in eval mode."""
-    with _one_line(f"--base_model {base.name}"):
+    weight_files(base)
+    with one_line(f"--base_model {base.name}"):
         model = transformers.AutoModelForCausalLM.from_pretrained(
             base.path,
             revision=base.revision,
             trust_remote_code=base.trust_remote_code,
+            use_safetensors=True,
             dtype=placement.dtype,
             quantization_config=quantization.settings(placement.bits, placement.dtype),
             device_map={"": placement.device},
@@ -164,7 +178,68 @@ def load_base(base: Base, placement: Placement) -> Any:
     return model.eval()
 
 
-class _one_line:
+# --------------------------------------------------------------------------------------------------- files of a base
+
+
+def config_file(base: Base) -> Path:
+    """Return the path of a base's config.json; the other files of its commit lie beside it, as far as they are here."""
+    with one_line(f"--base_model {base.name}"):
+        return Path(cached_file(base.path, "config.json", revision=base.revision))
+
+
+def weight_files(base: Base) -> list[Path]:
+    """Return the safetensors files of a base, downloaded if they are not here yet, each with a sound header.
+
+    Raises ModelError naming the file that is missing or damaged, and where there is nothing but a pickle.
+    """
+    found = _file(base, ONE_FILE) or _file(base, INDEX)
+    if found is None:
+        raise ModelError(f"--base_model {base.name}: {_no_weights(config_file(base).parent)}")
+    shards = [str(found)]
+    if found.name == INDEX:
+        with one_line(f"--base_model {base.name}: {found}"):
+            shards, _ = get_checkpoint_shard_files(base.path, str(found), revision=base.revision)
+    for shard in shards:
+        if reason := damage(Path(shard)):
+            raise ModelError(f"--base_model {base.name}: {shard} {reason}")
+    return [Path(shard) for shard in shards]
+
+
+def _file(base: Base, name: str) -> Path | None:
+    """Return the path of a file of a base, downloaded if it is not here yet; None if there is none."""
+    with one_line(f"--base_model {base.name}"):
+        path = cached_file(base.path, name, revision=base.revision, _raise_exceptions_for_missing_entries=False)
+    return Path(path) if path else None
+
+
+def _no_weights(folder: Path) -> str:
+    if not any(folder.glob("pytorch_model*.bin")):
+        return f"{folder} holds no weights ({ONE_FILE} is missing); copy or download the model again"
+    return (
+        f"{folder} holds pytorch_model.bin, a pickle, which is not loaded, and no {ONE_FILE}; "
+        "save the model as safetensors first, with save_pretrained of transformers"
+    )
+
+
+def damage(path: Path) -> str:
+    """Return what is wrong with a safetensors file, as a predicate, or nothing: its header is read, and its size."""
+    pointer = b"version https://git-lfs"
+    try:
+        with open(path, "rb") as file:
+            start = file.read(len(pointer))
+        if not start:
+            return "is empty (0 bytes); copy or download it again"
+        if start == pointer:
+            return "is a git-LFS pointer, not the file itself; fetch it with git lfs pull"
+        with safe_open(path, "pt"):
+            return ""
+    except FileNotFoundError:
+        return "is missing"
+    except (SafetensorError, OSError) as error:
+        return f"cannot be read ({str(error).splitlines()[0]}); copy or download it again"
+
+
+class one_line:
     """A context in which the many errors of loading become one ModelError of one line."""
 
     def __init__(self, what: str):

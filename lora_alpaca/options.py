@@ -3,7 +3,7 @@
 import difflib
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -27,6 +27,11 @@ def user_path(name: str) -> Path:
     return Path(os.path.expanduser(name))
 
 
+def user_cache() -> Path:
+    """Return the folder of ours in the user's cache; it need not be there yet."""
+    return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "lora_alpaca"
+
+
 def lower(value: Any) -> Any:
     """Return a text in lower case, so that choices may be typed in any."""
     return value.lower() if isinstance(value, str) else value
@@ -44,6 +49,7 @@ class Options(BaseModel):
     """The base of the three configs: frozen, no unknown name, and one line for every mistake at once."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False, protected_namespaces=())
+    places: ClassVar[tuple[str, ...]] = ()  # the options that are also written without their name, in this order
 
     def __init__(self, **options: Any):
         try:
@@ -57,6 +63,8 @@ class Options(BaseModel):
         where, message = problem["loc"], problem["msg"]
         if not where:  # a check over several options, raised below
             return str(problem["ctx"]["error"]) if "ctx" in problem else message
+        if problem["type"] == "missing":
+            return f"{' '.join(name.upper() for name in cls.places)} are needed, and --{where[0]} is missing"
         if problem["type"] == "extra_forbidden":
             return cls.unknown(str(where[0]))
         return f"--{where[0]} {problem['input']}: {message[0].lower()}{message[1:]}"

@@ -8,12 +8,13 @@ from typing import Any, Literal
 
 import torch
 
-from lora_alpaca import models
+from lora_alpaca import adapters, models, records, skeletons
 from lora_alpaca.batching import steps_per_epoch
 from lora_alpaca.common_options import DEMO, UPSTREAM_DATA
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.errors import ConfigError
-from lora_alpaca.models import Base
+from lora_alpaca.models import Base, Placement
+from lora_alpaca.options import user_path
 from lora_alpaca.reports import Reporter
 
 
@@ -68,8 +69,26 @@ def with_recipe(config: FinetuneConfig, world_size: int, reporter: Reporter) -> 
     return FinetuneConfig(**{name: getattr(config, name) for name in config.model_fields_set} | chosen)
 
 
-def within_model(config: FinetuneConfig, base: Base, reporter: Reporter) -> FinetuneConfig:
-    """Return the config with rows no longer than the model can take; ConfigError if longer ones were asked for."""
+HIGH_RATE = 0.1  # above it, LoRA as good as never learns
+
+
+def within_model(config: FinetuneConfig, base: Base, placement: Placement, reporter: Reporter) -> FinetuneConfig:
+    """Return the config with rows no longer than the model can take; what is odd is said.
+
+    Raises ConfigError if longer rows were asked for, ModelError for target modules that are not there and for a base
+    larger than the memory, AdapterError for an --init_adapter that was not made for this base.
+    """
+    reporter.say(*skeletons.check_memory(base, placement))
+    if config.init_adapter:
+        start = user_path(config.init_adapter)
+        reporter.say(*records.check_adapter(start, records.read_origin(start), base))
+    elif (skeleton := skeletons.skeleton(base)) is not None:
+        adapters.target_modules(skeleton, config)
+    width = base.config.get_text_config().hidden_size
+    if config.lora_r > width:
+        reporter.say(f"warning: --lora_r {config.lora_r} is more than the model is wide ({width}), which gains nothing")
+    if config.learning_rate > HIGH_RATE:
+        reporter.say(f"warning: --learning_rate {config.learning_rate} is very high; LoRA is trained with about 3e-4")
     if base.max_length is None or config.cutoff_len <= base.max_length:
         return config
     if config.said("cutoff_len"):

@@ -25,7 +25,7 @@ from lora_alpaca.encoding import Encoded, Encoder
 from lora_alpaca.errors import DataError
 from lora_alpaca.examples import Builder, Examples
 from lora_alpaca.ledger import Ledger
-from lora_alpaca.options import user_path
+from lora_alpaca.options import user_cache, user_path
 from lora_alpaca.prompts import Conversation
 
 CHUNK = 1000  # rows encoded together
@@ -191,7 +191,7 @@ def cache_folder(cache_dir: str) -> Path | None:
         return None
     if cache_dir:
         return user_path(cache_dir)
-    return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "lora_alpaca"
+    return user_cache()
 
 
 def cache_key(rows: Rows, encoder: Encoder, options: DataOptions, held_out: set[int], tokenizer_sha256: str) -> str:

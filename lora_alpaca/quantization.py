@@ -16,14 +16,7 @@ def settings(bits: int, compute_dtype: torch.dtype) -> Any:
     """
     if bits == 16:
         return None
-    try:
-        import bitsandbytes  # noqa: F401  its absence is told here, in one line, not from inside the loader
-    except Exception as error:  # a broken installation raises whatever its libraries raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(
-            f"{BITS[bits]} needs bitsandbytes, which does not import ({reason}); "
-            "pip install bitsandbytes, or pass --load_8bit False"
-        ) from None
+    check_library(bits)
     from transformers import BitsAndBytesConfig
 
     if bits == 8:
@@ -34,6 +27,18 @@ def settings(bits: int, compute_dtype: torch.dtype) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
     )
+
+
+def check_library(bits: int) -> None:
+    """Raise ModelError, in one line, where bitsandbytes is missing or does not import."""
+    try:
+        import bitsandbytes  # noqa: F401  told here, not from inside the loader
+    except Exception as error:  # a broken installation raises whatever its libraries raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(
+            f"{BITS[bits]} needs bitsandbytes, which does not import ({reason}); "
+            "pip install bitsandbytes, or pass --load_8bit False"
+        ) from None
 
 
 def correct(model: torch.nn.Module) -> None:

@@ -3,13 +3,14 @@
 `lora_alpaca.json` holds it all. Generation and export read it; resuming compares it.
 """
 
+import hashlib
 import importlib.metadata
 import secrets
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_alpaca import __version__, adapters, contracts, folders, storage
+from lora_alpaca import __version__, adapters, checkpoints, contracts, fingerprints, folders, skeletons, storage
 from lora_alpaca.adapters import State
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.contracts import Contract
@@ -27,7 +28,7 @@ NOT_THE_RUN = {  # options that change what is shown or where, but no weight
 }  # fmt: skip
 
 
-THE_RUN = ("base_model", "base_revision", "tokenizer_sha256", "precision", "ranks", "data_sha256")
+THE_RUN = ("base_model", "base_revision", "base_sha256", "tokenizer_sha256", "precision", "ranks", "data_sha256")
 
 
 @dataclass
@@ -50,6 +51,7 @@ class Run:
 def describe(
     config: FinetuneConfig,
     base: Base,
+    base_sha256: str,
     template: AnyTemplate,
     tokenizer_sha256: str,
     placement: Placement,
@@ -64,6 +66,7 @@ def describe(
         "run": secrets.token_hex(8),
         "base_model": base.name,
         "base_revision": base.revision,
+        "base_sha256": base_sha256,
         "template": template.to_json(),
         "tokenizer_sha256": tokenizer_sha256,
         "precision": str(placement),
@@ -80,7 +83,7 @@ def differences(stored: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[
     """Return name -> (before, now) of everything that makes a resumed run another run."""
 
     def decisive(record: dict[str, Any]) -> dict[str, Any]:
-        facts = {key: record[key] for key in THE_RUN}
+        facts = {key: record.get(key) for key in THE_RUN}
         template = {key: value for key, value in record["template"].items() if key not in ("name", "description")}
         options = {key: value for key, value in record["options"].items() if key not in NOT_THE_RUN}
         return options | facts | {"prompt_template": template}
@@ -108,15 +111,16 @@ class Adapter:
             self.tokenizer.save_pretrained(stage)
             storage.write(stage / adapters.SETTINGS, storage.as_json(self.settings))
             storage.write(stage / contracts.FILE, storage.as_json(self.contract))
-            storage.write(stage / adapters.WEIGHTS, storage.as_tensors(self.state))
+            weights = storage.as_tensors(self.state)
+            storage.write(stage / adapters.WEIGHTS, weights)
             storage.settle(stage)
             files = storage.files_below(stage)
             for name in files:
                 (output_dir / name).parent.mkdir(exist_ok=True)
                 storage.rename(stage / name, output_dir / name)
         result = {key: value for key, value in asdict(run).items() if key != "output_dir"}
-        finished = self.record | {"status": "finished", "files": files, "result": result}
-        storage.replace(output_dir / folders.RECORD, storage.as_json(finished))
+        finished = {"status": "finished", "adapter_sha256": hashlib.sha256(weights).hexdigest(), "files": files}
+        storage.replace(output_dir / folders.RECORD, storage.as_json(self.record | finished | {"result": result}))
 
 
 def finished_run(output_dir: Path) -> Run:
@@ -126,27 +130,63 @@ def finished_run(output_dir: Path) -> Run:
 
 @dataclass(frozen=True)
 class Origin:
-    """What an adapter, or a merged model, says about itself. `contract` is None where nothing was recorded."""
+    """What an adapter, or a merged model, says about itself. `contract` is None where nothing was recorded.
+
+    So are the hashes: of the base's files (see `fingerprints.py`), and of the adapter's own file.
+    """
 
     base_model: str
     base_revision: str | None
     contract: Contract | None
+    base_sha256: str | None = None
+    adapter_sha256: str | None = None
+    checkpoint: bool = False  # of a run of ours, every file of it as it was written
 
 
 def read_origin(folder: Path) -> Origin:
     """Return what a folder of ours records, or what PEFT's own file says of a foreign adapter.
 
-    Raises AdapterError for an adapter that was never finished.
+    Raises AdapterError for an adapter that was never finished, and for one that is damaged.
     """
-    record = folders.read_record(folder)
-    if not record:
-        settings = folders.read_json(folder / adapters.SETTINGS)
+    if checkpoint := (folder / folders.CHECKPOINT_FILES).is_file() and (folder / "state.json").is_file():
+        if reason := checkpoints.damage(folder):
+            raise AdapterError(f"{folder}: {reason}; take another checkpoint")
+        record = folders.read_json(folder / "state.json")["record"]
+    elif (folder / folders.RECORD).is_file():
+        record = folders.read_record(folder)
+        if not record:
+            raise AdapterError(f"{folder / folders.RECORD}: damaged; copy the folder again")
+    else:
+        settings = adapters.read_settings(folder)
         return Origin(settings.get("base_model_name_or_path") or "", settings.get("revision"), contracts.read(folder))
-    if record["status"] != "finished":
+    if record["status"] != "finished" and not checkpoint:
         raise AdapterError(
             f"{folder}: this run was never finished; go on with it: python finetune.py --resume --output_dir {folder}"
         )
-    return Origin(record["base_model"], record["base_revision"], contracts.read(folder))
+    hashes = (record.get("base_sha256"), record.get("adapter_sha256"))
+    return Origin(record["base_model"], record["base_revision"], contracts.read(folder), *hashes, checkpoint)
+
+
+UNKNOWN_BASE = "warning: nothing records which base this adapter was trained on; only names and shapes are checked"
+
+
+def check_adapter(folder: Path, origin: Origin, base: Base) -> list[str]:
+    """Return what could not be checked, in sentences. Raises AdapterError unless an adapter can be put on a base.
+
+    It is whole, finite, as it was saved and not a no-op, which only a checkpoint may be; and made for these weights.
+    """
+    tensors = adapters.read(folder, may_do_nothing=origin.checkpoint)
+    if origin.adapter_sha256 not in (None, storage.sha256(folder / adapters.WEIGHTS)):
+        raise AdapterError(f"{folder / adapters.WEIGHTS}: not as it was saved (its sha256 is another); copy it again")
+    if (skeleton := skeletons.skeleton(base)) is not None:
+        adapters.check_fit(skeleton, folder, tensors, f"{folder}, made for {origin.base_model}, on {base.name}")
+    if origin.base_sha256 is None:
+        return [UNKNOWN_BASE]
+    if origin.base_sha256 != fingerprints.base_fingerprint(base):
+        raise AdapterError(
+            f"{folder} was trained on {origin.base_model}, and the weights of {base.name} are others; name that base"
+        )
+    return []
 
 
 UNCHECKED = "warning: nothing records which prompt template this model was trained with; it cannot be checked"

@@ -26,6 +26,7 @@ from lora_alpaca.data import Rows
 from lora_alpaca.encoding import Encoder
 from lora_alpaca.engine import Settings, fitted
 from lora_alpaca.errors import DataError, TrainingError
+from lora_alpaca.fingerprints import base_fingerprint
 from lora_alpaca.loop import Loop, Progress
 from lora_alpaca.options import user_path
 from lora_alpaca.planning import Plan
@@ -66,7 +67,7 @@ def finetune(config: FinetuneConfig, rows: Rows | None = None) -> Run:
         held_out = data.held_out(len(rows), config.val_set_size, config.seed)
 
         base = models.locate_base(config.base_model, config.revision, config.trust_remote_code)
-        config = planning.within_model(config, base, ranks.reporter)
+        config = planning.within_model(config, base, ranks.placement, ranks.reporter)
         tokenizer = models.load_tokenizer(base)
         resumed = checkpoints.load(checkpoint_dir) if checkpoint_dir else None
         as_before = resuming.template_as_before(resumed, template)
@@ -82,9 +83,10 @@ def finetune(config: FinetuneConfig, rows: Rows | None = None) -> Run:
         if not config.add_eos_token:
             say("warning: --add_eos_token False: the end token is not learned, so answers will not stop by themselves")
 
-        record = records.describe(
-            config, base, template, fingerprint(tokenizer), ranks.placement, ranks.world_size, rows.digest, ledger
-        )
+        with ranks.first_here():  # the others find the hashes of its files in the cache
+            base_sha256 = base_fingerprint(base)
+        hashes = (base_sha256, template, fingerprint(tokenizer))
+        record = records.describe(config, base, *hashes, ranks.placement, ranks.world_size, rows.digest, ledger)
         record["validation_sha256"] = validation.digest()
         changed = resuming.check_same(resumed, record, config.allow_change or []) if resumed else {}
         say(*changed.values())

@@ -16,6 +16,7 @@ LAYERS = [  # a module imports only from lines above its own
     "errors",
     "stopping",
     "storage",
+    "environment",
     "options",
     "common_options",
     "config",
@@ -32,6 +33,8 @@ LAYERS = [  # a module imports only from lines above its own
     "folders",
     "contracts",
     "models",
+    "skeletons",
+    "fingerprints",
     "adapters",
     "checkpoints",
     "records",
@@ -48,6 +51,7 @@ LAYERS = [  # a module imports only from lines above its own
     "showing",
     "generation",
     "exporting",
+    "converting",
     "webui",
     "cli",
 ]
@@ -62,15 +66,16 @@ HOMES = {  # the modules that may import a library
     "huggingface_hub": {"adapters"},
     "numpy": {"examples", "preparation"},
     "peft": {"adapters"},
-    "psutil": {"exporting", "memory"},
+    "psutil": {"memory", "exporting", "skeletons"},
     "pyarrow": {"data"},
     "pydantic": {"common_options", "config", "options"},
     "safetensors": {"adapters", "checkpoints", "models", "storage"},
     "tokenizers": {"tokenization"},
-    "torch": {"adapters", "batching", "checkpoints", "exporting", "generation", "memory", "models", "peers", "planning"}
-    | {"engine", "packing", "quantization", "ranks", "step", "storage", "training", "webui"},
+    "torch": {"adapters", "batching", "checkpoints", "converting", "engine", "exporting", "generation", "memory"}
+    | {"models", "packing", "peers", "planning", "quantization", "ranks", "skeletons", "step", "storage", "training"}
+    | {"webui"},
     "tqdm": {"reports"},
-    "transformers": {"adapters", "engine", "generation", "models", "quantization"},
+    "transformers": {"adapters", "engine", "generation", "models", "quantization", "skeletons"},
     "wandb": {"reports"},
 }
 

@@ -158,5 +158,7 @@ def test_batch_arithmetic_never_changes_the_batch(options, world_size, said):
 
 
 def test_world_size_is_known_before_the_run(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    launched = {"WORLD_SIZE": "3", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
     assert "3 devices" in refused("finetune", "--batch_size", "128")

@@ -58,7 +58,7 @@ def test_training_precision(monkeypatch, said, native_bf16, device, bits, dtype)
     placement, sentences = models.place(FinetuneConfig(**said), device, default_bits=8)
     assert (placement.bits, placement.dtype) == (bits, dtype)
     replaced = said.get("dtype") == "bf16" and not native_bf16
-    assert len(sentences) == int(replaced) + int(device == MPS)
+    assert len(sentences) == int(replaced) + int(device == MPS) + int(device == CPU)  # a CPU is slow in 8 bits
 
 
 def test_both_quantisations_are_refused():

@@ -76,13 +76,15 @@ def damaged(adapter, tmp_path, change):
     copy = tmp_path / "copy"
     shutil.copytree(adapter, copy)
     save_file(change(load_file(copy / "adapter_model.safetensors")), copy / "adapter_model.safetensors")
+    changed = {"adapter_sha256": storage.sha256(copy / "adapter_model.safetensors")}
+    storage.replace(copy / folders.RECORD, storage.as_json(folders.read_record(copy) | changed))
     return copy
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda state: {k: v * 0 if "lora_B" in k else v for k, v in state.items()}, "merging it changes no weight"),
+        (lambda state: {k: v * 0 if "lora_B" in k else v for k, v in state.items()}, "the adapter changes nothing"),
         (lambda state: {k: v * float("nan") for k, v in state.items()}, "holds NaN"),
         (lambda state: {}, "holds no tensors"),
         (lambda state: dict(list(state.items())[1:]), "is missing; wrong base model?"),

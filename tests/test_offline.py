@@ -68,7 +68,14 @@ def test_two_ranks_from_the_command_line(tmp_path, run_script, tiny_llama, data_
         96,
     ]
     run_script("finetune.py", *words, "--output_dir", "one", cwd=tmp_path, check=True)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "finetune.py")]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(ROOT / "finetune.py"),
+    ]
     done = subprocess.run(
         [*launcher, *map(str, words), "--output_dir", "two"],
         cwd=tmp_path,

@@ -1,0 +1,10 @@
+"""Every option, once: its name, type, unit, default, check and meaning.
+
+The command line, `--help`, the record in the adapter folder and the documentation are all read from these classes.
+This module imports neither torch nor any other heavy library, so a wrong flag is answered at once.
+"""
+
+from lora_alpaca.config.serving import ConvertConfig, ExportConfig, GenerateConfig, ShowConfig
+from lora_alpaca.config.training import FinetuneConfig
+
+__all__ = ["ConvertConfig", "ExportConfig", "FinetuneConfig", "GenerateConfig", "ShowConfig"]

@@ -1,0 +1,62 @@
+"""What must be right around us, asked before anything heavy is imported: the libraries, and a launcher's variables."""
+
+import importlib.metadata
+import os
+import re
+
+from lora_alpaca.errors import ConfigError, LoraAlpacaError
+
+LAUNCHED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+OPTIONAL = {"bitsandbytes"}  # an unquantised base does without; where it is needed, that is said
+
+
+def check_libraries() -> None:
+    """Raise LoraAlpacaError, in one line, for every library that is missing or of a version outside its range."""
+    try:
+        requirements = importlib.metadata.requires("lora-alpaca") or []
+    except importlib.metadata.PackageNotFoundError:  # run from a folder, never installed
+        return
+    wrong = [trouble for line in requirements if "extra ==" not in line and (trouble := _trouble(line))]
+    if wrong:
+        raise LoraAlpacaError(f"{'; '.join(wrong)}: pip install -r requirements.txt puts in what was tested")
+
+
+def _trouble(requirement: str) -> str:
+    """Return what is wrong with a library that is required as in `torch<3,>=2.13`, or nothing."""
+    name = re.match(r"[\w.-]+", requirement)[0]  # type: ignore[index]  # every requirement begins with a name
+    limits = re.findall(r"(>=|<)([\d.]+)", requirement)
+    try:
+        there = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "" if name in OPTIONAL else f"{name} is not installed"
+    fits = all(
+        _release(there) >= _release(limit) if sign == ">=" else _release(there) < _release(limit)
+        for sign, limit in limits
+    )
+    needed = ",".join(sign + limit for sign, limit in sorted(limits, reverse=True))
+    return "" if fits else f"{name} {there} is installed, and {name}{needed} is needed"
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """Return the numbers of a version, as of 2.13.0+cpu or 3.0rc1, up to what is not a number."""
+    return tuple(int(number) for number in re.match(r"\d+(?:\.\d+)*", version)[0].split("."))  # type: ignore[index]
+
+
+def world_size() -> int:
+    """Return how many processes were launched together.
+
+    Raises ConfigError where the variables say several, but are not all there: each would wait for the others for ever.
+    """
+    said = os.environ.get("WORLD_SIZE", "1")
+    if not said.isdecimal() or int(said) == 0:
+        raise ConfigError(f"the variable WORLD_SIZE is {said!r}, no number of processes; unset it, or use torchrun")
+    missing = [name for name in LAUNCHED if name not in os.environ]
+    if missing and (int(said) > 1 or "LOCAL_RANK" in os.environ):
+        raise ConfigError(
+            f"the variables say that {said} processes were launched, but {', '.join(missing)} not set; "
+            f"start with torchrun --nproc_per_node={said} finetune.py, or unset WORLD_SIZE and LOCAL_RANK"
+        )
+    rank = os.environ.get("RANK", "0")
+    if int(said) > 1 and not (rank.isdecimal() and int(rank) < int(said)):
+        raise ConfigError(f"the variable RANK is {rank!r}, and WORLD_SIZE is {said}; start with torchrun")
+    return int(said)

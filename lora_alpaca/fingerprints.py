@@ -1,0 +1,81 @@
+"""Which base model this is: a sha256 of its config and of its weights, the same wherever the files lie.
+
+Every file is read once. Its hash is kept in the user's cache under its path, size and time of change, and is free
+from then on. Files that huggingface_hub has downloaded are named by their hash already, and are not read at all.
+"""
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from lora_alpaca import folders, models, storage
+from lora_alpaca.models import Base
+from lora_alpaca.options import user_cache
+
+CACHE = "file_hashes.json"
+THREADS = min(8, 2 * (os.cpu_count() or 1))
+FRESH_SECONDS = 2  # a file changed so lately may change again without a new time, so its hash is not kept
+WRITER = ("_name_or_path", "transformers_version")  # of a config: who wrote it, not what it says
+
+
+def base_fingerprint(base: Base) -> str:
+    """Return the sha256 of a base's config and weight files as 64 hex digits. Raises ModelError for missing ones.
+
+    Equal for a folder, its copy under another name, and the same files on the hub; another one for the same weights
+    in other files (split differently, or stored in another dtype).
+    """
+    config = folders.read_json(models.config_file(base))
+    files = models.weight_files(base)
+    facts = {
+        "config": {key: value for key, value in config.items() if key not in WRITER},
+        "weights": dict(zip((path.name for path in files), hashes(files), strict=True)),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def hashes(paths: Sequence[Path]) -> list[str]:
+    """Return the sha256 of files, side by side: from their names in the hub's cache, from ours, or by reading them."""
+    kept = folders.read_json(user_cache() / CACHE)
+    with ThreadPoolExecutor(THREADS) as pool:  # some read while others hash; neither needs Python's lock
+        found = list(pool.map(lambda path: _hash(path, kept), paths))
+    learned = {path: facts for path, facts in found if kept.get(path, facts) != facts or path not in kept}
+    if old := {path: facts for path, facts in learned.items() if not _is_fresh(facts)}:
+        _keep(old)
+    return [facts[-1] for _, facts in found]
+
+
+def _hash(path: Path, kept: dict[str, Any]) -> tuple[str, list[Any]]:
+    """Return the real path of a file, and its size, time of change and hash."""
+    real = path.resolve()
+    now = real.stat()
+    facts = [now.st_size, now.st_mtime_ns]
+    if real.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", real.name):
+        return str(real), [*facts, real.name]
+    before = kept.get(str(real))
+    if isinstance(before, list) and before[:2] == facts and len(before) == 3:
+        return str(real), before
+    return str(real), [*facts, storage.sha256(real)]
+
+
+def _is_fresh(facts: list[Any]) -> bool:
+    return time.time_ns() - facts[1] < FRESH_SECONDS * 10**9
+
+
+def _keep(learned: dict[str, Any]) -> None:
+    """Add to the cache. One that cannot be written to is none, and what two processes lose is only time."""
+    folder = user_cache()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(folders.read_json(folder / CACHE) | learned)
+        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".partial-", delete=False) as file:
+            file.write(text)
+        os.replace(file.name, folder / CACHE)
+    except OSError:
+        return

@@ -1,0 +1,65 @@
+"""A base model without its weights: what can be known about it before the first heavy step."""
+
+import copy
+from typing import Any
+
+import psutil
+import torch
+import transformers
+
+from lora_alpaca.errors import ModelError
+from lora_alpaca.models import Base, Placement, one_line
+
+
+def skeleton(base: Base) -> Any:
+    """Return the base without its weights, on the meta device: how its layers are called, and how large they are.
+
+    None where code that the model brings cannot be run so.
+    """
+    try:
+        with one_line(f"--base_model {base.name}"), torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(
+                copy.deepcopy(base.config), trust_remote_code=base.trust_remote_code
+            )
+    except Exception:
+        if base.trust_remote_code:
+            return None
+        raise
+
+
+def memory_bytes(model: Any, placement: Placement) -> int:
+    """Return an estimate of what the frozen weights of a model, or of its skeleton, take: no activations, no adapter.
+
+    Linear layers but the head are held in 8 or 4 bits, with a scale for every 64 values in the latter case.
+    """
+    head = model.get_output_embeddings()
+    layers = {id(part.weight): part.weight for part in model.modules() if is_linear(part) and part is not head}
+    linear = sum(weight.numel() for weight in layers.values())
+    other = sum(parameter.numel() for parameter in model.parameters()) - linear
+    bits = {16: 8 * placement.dtype.itemsize, 8: 8, 4: 4.5}[placement.bits]
+    return int(linear * bits / 8) + other * placement.dtype.itemsize
+
+
+def check_memory(base: Base, placement: Placement) -> list[str]:
+    """Return, in a sentence, what the base's weights will take, if that is known; ModelError where a CPU has less."""
+    if (model := skeleton(base)) is None:
+        return []
+    needed = memory_bytes(model, placement)
+    if placement.device.type == "cpu":
+        free = psutil.virtual_memory().available + psutil.swap_memory().free
+        if needed > free:
+            raise ModelError(
+                f"--base_model {base.name}: its weights take {gigabytes(needed)} as {placement}, and {gigabytes(free)} "
+                "are free; take a smaller model, or hold it in fewer bits (--load_8bit, --load_4bit)"
+            )
+    return [f"the weights of {base.name} take about {gigabytes(needed)}"]
+
+
+def gigabytes(size: int) -> str:
+    """Return a number of bytes in GB, for people."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e9:.3f} GB"
+
+
+def is_linear(part: torch.nn.Module) -> bool:
+    """Return whether a module is a linear layer, GPT-2's transposed ones included."""
+    return isinstance(part, (torch.nn.Linear, transformers.pytorch_utils.Conv1D))

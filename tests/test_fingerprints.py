@@ -1,0 +1,135 @@
+"""Which base it is: the same digest wherever its files lie, another for any other weight, and no file read twice."""
+
+import hashlib
+import json
+import os
+import shutil
+
+import pytest
+import transformers
+
+from lora_alpaca import fingerprints, models, storage
+from lora_alpaca.fingerprints import base_fingerprint
+from lora_alpaca.options import user_cache
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """Begin with an empty cache, and return its file."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "lora_alpaca" / fingerprints.CACHE
+
+
+@pytest.fixture
+def folder(tiny_llama, tmp_path):
+    """Return a copy of the tiny model whose files have lain there for an hour."""
+    copy = shutil.copytree(tiny_llama, tmp_path / "base")
+    for path in copy.iterdir():
+        aged(path)
+    return copy
+
+
+def aged(path, seconds=3600):
+    now = path.stat().st_mtime_ns
+    os.utime(path, ns=(now, now - seconds * 10**9))
+
+
+def of(folder):
+    return base_fingerprint(models.locate_base(str(folder)))
+
+
+def turn_a_bit(path):
+    data = path.read_bytes()
+    path.write_bytes(data[:-4] + bytes([data[-4] ^ 1]) + data[-3:])
+
+
+def test_it_is_a_sha256_that_a_copy_shares(folder, tmp_path):
+    digest = of(folder)
+    assert len(bytes.fromhex(digest)) == 32
+    assert of(shutil.copytree(folder, tmp_path / "copy")) == digest
+
+
+@pytest.mark.parametrize("stamp", ["transformers_version", "_name_or_path"])
+def test_who_wrote_the_config_does_not_matter_and_what_it_says_does(folder, stamp):
+    before, config = of(folder), json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {stamp: "another"}))
+    assert of(folder) == before
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5}))
+    assert of(folder) != before
+
+
+def test_a_single_bit_makes_it_another(folder):
+    before = of(folder)
+    turn_a_bit(folder / "model.safetensors")
+    assert of(folder) != before
+
+
+def test_every_shard_counts(folder):
+    transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="100KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert models.weight_files(models.locate_base(str(folder))) == shards
+    assert len(shards) > 2
+    digests = {of(folder)}
+    for shard in shards:
+        turn_a_bit(shard)
+        digests.add(of(folder))
+    assert len(digests) == len(shards) + 1
+
+
+def test_nothing_is_read_twice(folder, cache, monkeypatch):
+    before = of(folder)
+    assert [facts[-1] for facts in json.loads(cache.read_text()).values()] == [
+        storage.sha256(folder / "model.safetensors")
+    ]
+    monkeypatch.setattr(storage, "sha256", lambda path: pytest.fail(f"{path} was read again"))
+    assert of(folder) == before
+
+
+def test_a_file_of_the_same_size_and_another_time_is_read_again(folder):
+    before = of(folder)
+    turn_a_bit(folder / "model.safetensors")
+    aged(folder / "model.safetensors", seconds=60)
+    assert of(folder) != before
+
+
+def test_the_hash_of_a_file_that_was_only_just_written_is_not_kept(folder, cache):
+    os.utime(folder / "model.safetensors")
+    of(folder)
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"x": 3}'])
+def test_a_damaged_cache_is_none(folder, cache, content):
+    before = of(folder)
+    cache.write_text(content)
+    assert of(folder) == before
+    assert str(folder / "model.safetensors") in json.loads(cache.read_text())
+
+
+def test_a_cache_that_cannot_be_written_to_is_none(folder, tmp_path, monkeypatch):
+    before = of(folder)
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert of(folder) == before
+    assert user_cache() == tmp_path / "file" / "lora_alpaca"
+
+
+def test_files_from_the_hub_are_named_by_their_hash_and_not_read(folder, tmp_path, monkeypatch):
+    """In a cache as huggingface_hub leaves it: links from the commit's folder to blobs."""
+    before = of(folder)
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "hub" / "models--someone--tiny"
+    snapshot = cached / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (cached / "blobs").mkdir()
+    for path in folder.iterdir():
+        content = path.read_bytes()
+        large = path.name == "model.safetensors"
+        blob = cached / "blobs" / (hashlib.sha256 if large else hashlib.sha1)(content).hexdigest()
+        blob.write_bytes(content)
+        (snapshot / path.name).symlink_to(blob)
+    base = models.Base("someone/tiny", "someone/tiny", commit, False, models.locate_base(str(folder)).config)
+    monkeypatch.setattr(transformers.utils.hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(storage, "sha256", lambda path: pytest.fail(f"{path} was read"))
+    assert base_fingerprint(base) == before
