@@ -39,9 +39,8 @@ def test_two_ranks_from_the_command_line(tmp_path, run_script, tiny_llama, data_
     """`torchrun --nproc_per_node=2 finetune.py` makes the same steps as `python finetune.py`; one rank speaks."""
     import os
     import subprocess
-    import sys
 
-    from conftest import ROOT
+    from conftest import ROOT, TORCHRUN
 
     words = [
         "--base_model",
@@ -68,14 +67,7 @@ def test_two_ranks_from_the_command_line(tmp_path, run_script, tiny_llama, data_
         96,
     ]
     run_script("finetune.py", *words, "--output_dir", "one", cwd=tmp_path, check=True)
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        str(ROOT / "finetune.py"),
-    ]
+    launcher = [*TORCHRUN, str(ROOT / "finetune.py")]
     done = subprocess.run(
         [*launcher, *map(str, words), "--output_dir", "two"],
         cwd=tmp_path,

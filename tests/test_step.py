@@ -7,6 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from conftest import TORCHRUN
 from transformers import AutoTokenizer
 
 from lora_alpaca import adapters, models
@@ -112,7 +113,7 @@ def test_two_ranks_give_the_gradient_of_one(tiny_llama, rows, tmp_path):
         assert not torch.distributed.is_initialized(), "the process group was left open"
         """)
     )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(program)]
+    launcher = [*TORCHRUN, str(program)]
     subprocess.run(launcher, check=True, capture_output=True, cwd=tmp_path)
     expected, loss = gradients(tiny_llama, rows[:7], 7)
     for name in ("None-0", "None-1", "100-0", "100-1"):
