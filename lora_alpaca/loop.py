@@ -5,6 +5,7 @@ What is due follows from where the run stands, so that a run that goes on does w
 
 import math
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -89,8 +90,8 @@ class Loop:
     def run(self) -> None:
         """Go to the end, or to where the validation loss no longer falls.
 
-        Raises Interrupted after a signal, and RankError where another process has failed; the state of the last
-        finished step is saved before. TrainingError is raised for what training cannot go on from.
+        Raises Interrupted after a signal, RankError where another process has failed, and TrainingError for what
+        training cannot go on from. The state of the last finished step is saved before.
         """
         progress, plan = self.progress, self.plan
         self.reporter.start(plan.total_steps, progress.step)
@@ -110,6 +111,8 @@ class Loop:
             raise Interrupted(self.stop.asked, self._saved_before_leaving()) from None
         except RankError as error:
             raise RankError(error.rank, error.cause, f"; {self._saved_before_leaving()}") from None
+        except TrainingError as error:
+            raise TrainingError(f"{error}; {self._saved_before_leaving()}") from None
         finally:
             self.reporter.stop()
 
@@ -225,14 +228,18 @@ class Loop:
             self.saved = self.progress.step
             return
         try:
-            checkpoints.save(self.output_dir, self.record["run"], self._checkpoint(), self._settings())
-            checkpoints.rotate(self.output_dir, self.record["run"], self.config.save_total_limit)
+            settings = adapters.settings(self.learner.model)
+            checkpoints.save(self.output_dir, self.record["run"], self._checkpoint(), settings)
         except OSError as error:
             self.failed_saves += 1
             self._failure = f"step {self.progress.step}: no checkpoint could be written ({error.strerror or error})"
             self.reporter.say(f"warning: {self._failure}; {self._newest()}")
-        else:
-            self.failed_saves, self.saved = 0, self.progress.step
+            return
+        self.failed_saves, self.saved = 0, self.progress.step
+        try:
+            checkpoints.rotate(self.output_dir, self.record["run"], self.config.save_total_limit)
+        except OSError as error:
+            self.reporter.say(f"warning: an older checkpoint could not be removed ({error.strerror or error})")
 
     def _check_saves(self) -> None:
         """Raise TrainingError where one save after the other fails."""
@@ -254,16 +261,14 @@ class Loop:
         state = adapters.state(self.learner.model)
         return Checkpoint(facts, state, self.learner.optimizer_state(), self.progress.best)
 
-    def _settings(self) -> dict[str, Any]:
-        return adapters.settings(self.learner.model)
-
     def _newest(self) -> str:
         return f"the newest checkpoint is that of step {self.saved}" if self.saved else "there is no checkpoint yet"
 
     def _saved_before_leaving(self) -> str:
         """Save the state of the last finished step, if it is not, and return what there is to say."""
-        if self.progress.step > self.saved:
-            self._save()
+        if self.progress.step > self.saved and self.failed_saves < MOST_FAILED_SAVES:
+            with suppress(TrainingError):  # what is no longer finite is not kept
+                self._save()
         if not self.saved:
             return "there is no checkpoint yet; --resume starts anew"
         return f"step {self.saved} of {self.plan.total_steps} is saved; --resume goes on from there"
