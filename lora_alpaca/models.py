@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as BOTH_WAYS
 from transformers.utils.hub import cached_file, extract_commit_hash, get_checkpoint_shard_files
 
@@ -17,6 +18,7 @@ from lora_alpaca.errors import ConfigError, ModelError
 from lora_alpaca.options import user_path
 
 ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"  # of weights, as transformers looks for them
+VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 if not sys.stderr.isatty():
@@ -131,11 +133,14 @@ def locate_base(name: str, revision: str | None = None, trust_remote_code: bool 
         )
         raise ModelError(f"--base_model {name}: {hint if folder.exists() else 'no such folder'}")
     path = str(folder.resolve()) if local else name
-    with one_line(f"--base_model {name}"):
+    what = f"--base_model {name}" + ("" if local else ": no folder of this name here, and the hub gives none")
+    with one_line(what):
         # the file lies in a folder named by its commit: what a branch means may change, and this does not
         commit = None if local else extract_commit_hash(cached_file(path, "config.json", revision=revision), None)
         config = transformers.AutoConfig.from_pretrained(path, revision=commit, trust_remote_code=trust_remote_code)
-    if config.is_encoder_decoder or (config.model_type in BOTH_WAYS and not getattr(config, "is_decoder", False)):
+    reads_both_ways = config.model_type in BOTH_WAYS and not getattr(config, "is_decoder", False)
+    unknown = config.model_type not in CAUSAL and not trust_remote_code
+    if config.is_encoder_decoder or reads_both_ways or unknown:
         raise ModelError(
             f"--base_model {name}: a {config.model_type} model does not write on from a text; "
             "name a causal language model, such as a Llama, Mistral, Qwen or GPT"
@@ -149,10 +154,13 @@ def load_tokenizer(base: Base, folder: Path | None = None) -> Any:
     Padding never reaches a label or an attention mask, so any token can serve; the unknown token is tried first.
     """
     where = str(folder or base.path)
+    if Path(where).is_dir():
+        _check_vocabulary(base, Path(where))
     with one_line(f"the tokenizer of {where}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             where, revision=None if folder else base.revision, trust_remote_code=base.trust_remote_code
         )
+    _check_vocabulary(base, folder or config_file(base).parent)  # what the hub's cache may hold only half of
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     if len(tokenizer) > (vocab := base.config.get_text_config().vocab_size):
@@ -160,11 +168,22 @@ def load_tokenizer(base: Base, folder: Path | None = None) -> Any:
     return tokenizer
 
 
+def _check_vocabulary(base: Base, folder: Path) -> None:
+    """Raise ModelError where a folder has no vocabulary: transformers would make do with control tokens."""
+    if not base.trust_remote_code and not any(path for name in VOCABULARIES for path in folder.glob(name)):
+        raise ModelError(
+            f"the tokenizer of {folder}: tokenizer.json is missing, and so are tokenizer.model and vocab.json; "
+            "copy or download the model again"
+        )
+
+
 def load_base(base: Base, placement: Placement) -> Any:
-    """Return the frozen causal language model on its device, in eval mode."""
+    """Return the frozen causal language model on its device, in eval mode. Raises ModelError for missing weights."""
     weight_files(base)
+    chatter = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()  # its report of several lines; what matters in it is said below
     with one_line(f"--base_model {base.name}"):
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
             base.path,
             revision=base.revision,
             trust_remote_code=base.trust_remote_code,
@@ -172,10 +191,30 @@ def load_base(base: Base, placement: Placement) -> Any:
             dtype=placement.dtype,
             quantization_config=quantization.settings(placement.bits, placement.dtype),
             device_map={"": placement.device},
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
+    transformers.utils.logging.set_verbosity(chatter)
+    _check_found(base, found)
     quantization.correct(model)
     model.requires_grad_(False)
     return model.eval()
+
+
+def _check_found(base: Base, found: dict[str, Any]) -> None:
+    """Raise ModelError where weights were left as they were born; say where some of the files' were left out."""
+    left = sorted(found["missing_keys"]) + sorted(str(entry[0]) for entry in found["mismatched_keys"])
+    if left:
+        raise ModelError(
+            f"--base_model {base.name}: its files do not hold what config.json describes; {left[0]} is missing or of "
+            f"another shape ({len(left)} in all); copy or download it again"
+        )
+    if extra := sorted(found["unexpected_keys"]):
+        print(
+            f"warning: --base_model {base.name}: {len(extra)} weights of its files have no place in the model, such as "
+            f"{extra[0]}",
+            file=sys.stderr,
+        )
 
 
 # --------------------------------------------------------------------------------------------------- files of a base
@@ -249,7 +288,9 @@ class one_line:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        expected = isinstance(error, (OSError, ValueError, SafetensorError, ImportError, KeyError))
-        if (expected or type(error) is Exception) and not isinstance(error, ModelError):  # tokenizers raises the latter
-            first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise ModelError(f"{self.what}: {first.strip()}") from error
+        expected = isinstance(error, (OSError, ValueError, TypeError, SafetensorError, ImportError, KeyError))
+        of_the_hub = type(error).__module__.startswith("huggingface_hub")
+        if (expected or of_the_hub or type(error) is Exception) and not isinstance(error, ModelError):
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            first = next((number for number, line in enumerate(lines) if not line.endswith(":")), 0)
+            raise ModelError(f"{self.what}: {' '.join(lines[: first + 1])}") from error  # `Exception`: of tokenizers
