@@ -13,8 +13,9 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# Both are read while other libraries are imported, so they stand here.
+# All are read while other libraries are imported, so they stand here.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # not a line for every try to connect: how it ended is told
 logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # it urges to install `kernels`, which fetches code
 
 __version__ = "0.1.0"

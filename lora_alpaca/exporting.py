@@ -57,7 +57,7 @@ def export_hf(config: ExportConfig) -> Path:
     target = stored if config.dtype == "auto" else DTYPES[config.dtype]
     _check_places(base, adapter, output_dir, target)
     device = models.pick_device("cpu" if config.device == "auto" else config.device)
-    skeletons.check_memory(base, placement := Placement(device, stored, bits=16))
+    skeletons.check_base(base, placement := Placement(device, stored, bits=16))
     for warning in records.check_adapter(adapter, origin, base):
         print(warning)
     tokenizer = models.load_tokenizer(base, adapter if (adapter / "tokenizer_config.json").is_file() else None)

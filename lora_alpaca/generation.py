@@ -85,7 +85,7 @@ class Generator:
         template = _template(config, source)
         placement, said = models.place(config)
         _say(*said)
-        skeletons.check_memory(source.base, placement)
+        skeletons.check_base(source.base, placement)
         if source.adapter is not None and source.origin is not None:
             _say(*records.check_adapter(source.adapter, source.origin, source.base))
         tokenizer = models.load_tokenizer(source.base, source.tokenizer_dir)

@@ -78,7 +78,7 @@ def within_model(config: FinetuneConfig, base: Base, placement: Placement, repor
     Raises ConfigError if longer rows were asked for, ModelError for target modules that are not there and for a base
     larger than the memory, AdapterError for an --init_adapter that was not made for this base.
     """
-    reporter.say(*skeletons.check_memory(base, placement))
+    reporter.say(*skeletons.check_base(base, placement))
     if config.init_adapter:
         start = user_path(config.init_adapter)
         reporter.say(*records.check_adapter(start, records.read_origin(start), base))

@@ -1,12 +1,14 @@
 """A base model without its weights: what can be known about it before the first heavy step."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 import transformers
 
+from lora_alpaca import models
 from lora_alpaca.errors import ModelError
 from lora_alpaca.models import Base, Placement, one_line
 
@@ -40,8 +42,13 @@ def memory_bytes(model: Any, placement: Placement) -> int:
     return int(linear * bits / 8) + other * placement.dtype.itemsize
 
 
-def check_memory(base: Base, placement: Placement) -> list[str]:
-    """Return, in a sentence, what the base's weights will take, if that is known; ModelError where a CPU has less."""
+def check_base(base: Base, placement: Placement) -> list[str]:
+    """Return, in a sentence, what the base's weights will take, if that is known.
+
+    Raises ModelError where a CPU has less memory than that, and for a folder whose weight files are not whole.
+    """
+    if Path(base.path).is_dir():
+        models.weight_files(base)
     if (model := skeleton(base)) is None:
         return []
     needed = memory_bytes(model, placement)
