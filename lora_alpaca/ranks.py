@@ -30,7 +30,7 @@ class Ranks:
     """This process among `world_size`, as a context that leaves no process group behind."""
 
     def __init__(self, config: FinetuneConfig, stop: Stop | None = None):
-        self.stop = stop or Stop()
+        self.stop = Stop() if stop is None else stop  # one that nothing has asked yet is false
         device = models.pick_device(config.device)
         patience = {"timeout": timedelta(seconds=config.rank_timeout)}
         processes = PartialState(cpu=device.type == "cpu", **patience)
