@@ -31,7 +31,7 @@ FAULTS = [  # what happens, the rank to which it does, and what is said of it
     ("_exit", 0, rf"error: rank 1: rank 0 failed: {re.escape(GONE)}"),
     ("hang", 1, rf"error: rank 0: rank 1 failed: {re.escape(HANGS)}"),
     ("data", 1, r"error: rank (1: rows.json:7: Alpaca|0: rank 1 failed: rows.json:7: Alpaca)"),
-    ("memory", 1, r"error: rank 0: rank 1 failed: out of memory"),
+    ("memory", 1, r"error: rank 1: out of memory \(CUDA out of memory. Tried to allocate 2.00 GiB.\)"),
     ("nan", 1, r"error: rank 0: step 6: the loss is nan"),
     ("rows", 1, r"error: rank \d: .*the processes read different rows"),
     ("kill", 0, rf"error: rank 1: rank 0 failed: {re.escape(GONE)}"),
