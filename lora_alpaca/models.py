@@ -14,7 +14,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash, get_checkpo
 
 from lora_alpaca import quantization
 from lora_alpaca.common_options import DEMO, ModelOptions
-from lora_alpaca.errors import ConfigError, ModelError
+from lora_alpaca.errors import ConfigError, ModelError, one_line
 from lora_alpaca.options import user_path
 
 ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"  # of weights, as transformers looks for them
@@ -276,21 +276,3 @@ def damage(path: Path) -> str:
         return "is missing"
     except (SafetensorError, OSError) as error:
         return f"cannot be read ({str(error).splitlines()[0]}); copy or download it again"
-
-
-class one_line:
-    """A context in which the many errors of loading become one ModelError of one line."""
-
-    def __init__(self, what: str):
-        self.what = what
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        expected = isinstance(error, (OSError, ValueError, TypeError, SafetensorError, ImportError, KeyError))
-        of_the_hub = type(error).__module__.startswith("huggingface_hub")
-        if (expected or of_the_hub or type(error) is Exception) and not isinstance(error, ModelError):
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-            first = next((number for number, line in enumerate(lines) if not line.endswith(":")), 0)
-            raise ModelError(f"{self.what}: {' '.join(lines[: first + 1])}") from error  # `Exception`: of tokenizers
