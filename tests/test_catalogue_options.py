@@ -619,6 +619,18 @@ def test_a_base_whose_files_do_not_hold_all_of_it(change, said, here, tiny_llama
     assert said in line
 
 
+@entry("F108")
+def test_weights_without_a_place_in_the_model_are_told(number, here, tiny_llama, model_loads):
+    base = shutil.copytree(tiny_llama, here / "base")
+    state = load_file(base / "model.safetensors") | {"model.layers.9.mlp.gate_proj.weight": torch.ones(7)}
+    save_file(state, base / "model.safetensors", metadata={"format": "pt"})
+    result = run("generate", "--base_model", base, "--prompt_template", "alpaca", *ASK)
+    assert result.code == 0, result.err
+    line = "1 weights of its files have no place in the model, such as model.layers.9.mlp.gate_proj.weight"
+    assert f"warning: --base_model {base}: {line}" in result.err.splitlines()
+    assert "LOAD REPORT" not in result.err
+
+
 @pytest.fixture(scope="module")
 def trained(tiny_llama, rows, tmp_path_factory):
     """Return the folder of an adapter that was trained for two steps, with a checkpoint in it."""
@@ -658,6 +670,17 @@ def test_a_bit_turned_in_an_adapter_or_in_its_base(number, adapter, data_path, h
     for verb, words in loads(adapter, data_path).items():
         line = line_of(verb, *words, "--base_model", tiny_llama, code=1)
         assert "adapter_model.safetensors: not as it was saved (its sha256 is another); copy it again" in line
+
+
+@entry("F109")
+def test_a_bit_turned_in_a_merged_model(number, adapter, data_path, here, model_loads):
+    assert run("export", "--lora_weights", adapter, "--output_dir", "merged").code == 0
+    commands = {"generate": ASK, "finetune": ("--data_path", data_path, *SHORT)}
+    assert run("generate", "--base_model", "./merged", *ASK).code == 0
+    bytes_of("model.safetensors", lambda data: data[:-4] + bytes([data[-4] ^ 1]) + data[-3:])(here / "merged")
+    for verb, words in commands.items():
+        line = line_of(verb, "--base_model", "./merged", *words, code=1)
+        assert "model.safetensors is not as it was exported (its sha256 is another); export it again" in line
 
 
 @entry("F111")
