@@ -71,11 +71,14 @@ class TrainingError(LoraAlpacaError, RuntimeError):
 
 
 class RankError(LoraAlpacaError, RuntimeError):
-    """Another process of the run has failed: `rank` is its number, `cause` what it said or what is known of it."""
+    """Another process of the run has failed: `rank` is its number, `cause` what it said or what is known of it.
 
-    def __init__(self, rank: int, cause: str, said: str = ""):
-        super().__init__(f"rank {rank} failed: {cause}{said}")
-        self.rank, self.cause = rank, cause
+    `saved` is a sentence on what this process has saved.
+    """
+
+    def __init__(self, rank: int, cause: str, saved: str = ""):
+        super().__init__(f"rank {rank} failed: {cause}" + (f"; {saved}" if saved else ""))
+        self.rank, self.cause, self.saved = rank, cause, saved
 
 
 class ExportError(LoraAlpacaError, RuntimeError):

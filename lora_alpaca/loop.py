@@ -110,7 +110,7 @@ class Loop:
         except StepAbandoned:
             raise Interrupted(self.stop.asked, self._saved_before_leaving()) from None
         except RankError as error:
-            raise RankError(error.rank, error.cause, f"; {self._saved_before_leaving()}") from None
+            raise RankError(error.rank, error.cause, self._saved_before_leaving()) from None
         except TrainingError as error:
             raise TrainingError(f"{error}; {self._saved_before_leaving()}") from None
         finally:

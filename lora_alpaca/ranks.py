@@ -30,7 +30,7 @@ class Ranks:
     """This process among `world_size`, as a context that leaves no process group behind."""
 
     def __init__(self, config: FinetuneConfig, stop: Stop | None = None):
-        self.stop = stop or Stop()
+        self.stop = Stop() if stop is None else stop  # one that nothing has asked yet is false
         device = models.pick_device(config.device)
         patience = {"timeout": timedelta(seconds=config.rank_timeout)}
         processes = PartialState(cpu=device.type == "cpu", **patience)
@@ -69,18 +69,22 @@ class Ranks:
         if guilty is not None:
             raise guilty from None
 
-    def _guilty(self, error: BaseException | None) -> RankError | None:
-        """Tell the others what this rank ends with; return the error to raise instead, where another rank caused it."""
+    def _guilty(self, error: BaseException | None) -> RankError | Interrupted | None:
+        """Tell the others what this rank ends with; return the error to raise instead, where another rank caused it.
+
+        That a signal ended the others a moment before this rank is no failure of theirs.
+        """
         if self._peers is None:
             return None
         if isinstance(error, RankError):
             self._peers.close()
-            return None
+            together = self.stop and error.cause.startswith(STOPPED)
+            return Interrupted(self.stop.asked, error.saved) if together else None
         if isinstance(error, Interrupted):
             self._peers.say(f"{STOPPED}{error.signal}")
             if found := self._peers.gone():
                 self._peers.close()
-                return RankError(*found, f"; {error}")
+                return RankError(*found, str(error))
         elif error is not None:
             self._peers.say((str(error) or type(error).__name__).splitlines()[0])
         self._peers.close()

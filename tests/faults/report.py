@@ -1,14 +1,16 @@
 """What a part of the programme tried, and what went wrong."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
 class Report:
-    """Counts of cases by name, and a line for every case that did not end as promised."""
+    """Counts of cases by name, a line for every case that did not end as promised, and figures that were measured."""
 
     counts: dict[str, int] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
+    figures: dict[str, Any] = field(default_factory=dict)
 
     def count(self, name: str, number: int = 1) -> None:
         """Add to a count."""

@@ -1,0 +1,219 @@
+"""Runs under way: begun as a copy of this process, from the command line or under torchrun; struck, and waited for."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from conftest import ROOT
+
+from lora_alpaca import cli, folders
+
+from .scene import Ended, Scene, steps
+
+FAULTY = Path(__file__).with_name("faulty.py")
+POLL = 0.0005  # seconds
+PATIENCE = 300  # seconds; a machine may be busy with other things
+
+
+@dataclass
+class Running:
+    """A process of ours that works into `out`; what it says goes to `log`."""
+
+    process: psutil.Process
+    log: Path
+    out: Path
+    options: dict[str, Any]
+    begun: float = field(default_factory=time.monotonic)
+    code: int | None = None
+
+    def said(self) -> str:
+        """Return everything it has said so far."""
+        return self.log.read_text(errors="replace")
+
+    def listens(self) -> bool:
+        """Return whether its handler of signals is in place: before, Python's own would end it."""
+        try:
+            caught = Path(f"/proc/{self.process.pid}/status").read_text().partition("SigCgt:")[2].split()[0]
+        except (OSError, IndexError):
+            return False
+        return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
+
+    def over(self) -> bool:
+        """Return whether it has ended."""
+        if self.code is None:
+            done, status = os.waitpid(self.process.pid, os.WNOHANG)
+            self.code = os.waitstatus_to_exitcode(status) if done else None
+        return self.code is not None
+
+    def waits_for(self, sign: Callable[["Running"], bool], patience: float = PATIENCE) -> bool:
+        """Return whether a sign was seen before the process ended."""
+        until = time.monotonic() + patience
+        while time.monotonic() < until:
+            if sign(self):
+                return True
+            if self.over():
+                return False
+            time.sleep(POLL)
+        return False
+
+    def send(self, number: int, everyone: bool = False) -> bool:
+        """Send a signal, to the whole group if `everyone`; return whether the process was there to get it."""
+        if self.over():
+            return False
+        os.killpg(self.process.pid, number) if everyone else os.kill(self.process.pid, number)
+        return True
+
+    def ended(self, patience: float = PATIENCE) -> Ended:
+        """Wait, and return how it ended; -999 if it had to be killed, with all its children."""
+        if not self.waits_for(Running.over, patience) and self.code is None:
+            for process in [*self.process.children(recursive=True), self.process]:
+                process.kill()
+            os.waitpid(self.process.pid, 0)
+            self.code = -999
+        return Ended(self.code, self.said())
+
+
+def forked(scene: Scene, out: Path, before: Callable[[], Any] | None = None, **options: Any) -> Running:
+    """Begin `finetune` in a copy of this process, in which `before` is called first."""
+    words = _words(scene, out, options)
+    log = scene.folder / f"{out.name}.said"
+    log.write_text("")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        code = 70
+        try:
+            torch.set_num_threads(1)
+            told = os.open(log, os.O_WRONLY | os.O_APPEND)
+            os.dup2(told, 1)
+            os.dup2(told, 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+            if before is not None:
+                before()
+            cli.main(["finetune", *words])
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 70
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return Running(psutil.Process(child), log, out, scene.options | options)
+
+
+def typed(scene: Scene, out: Path, **options: Any) -> Running:
+    """Begin `python finetune.py` as a user would."""
+    return _begun(scene, out, [sys.executable, str(ROOT / "finetune.py")], options)
+
+
+def torchrun(scene: Scene, out: Path, fault: tuple[str, int, int] | None = None, **options: Any) -> Running:
+    """Begin `torchrun --nproc_per_node=2 finetune.py`; with a `fault` at a rank in a step."""
+    script = [str(FAULTY), *map(str, fault)] if fault else [str(ROOT / "finetune.py")]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return _begun(scene, out, [*launcher, *script], options)
+
+
+def _begun(scene: Scene, out: Path, command: list[str], options: dict[str, Any]) -> Running:
+    command = [*command, *_words(scene, out, options)]
+    log = scene.folder / f"{out.name}.said"
+    with log.open("w") as told:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=told, stderr=told, env=environment, start_new_session=True
+        )
+    running = Running(psutil.Process(process.pid), log, out, scene.options | options)
+    process.returncode = 0  # it is waited for here
+    return running
+
+
+def _words(scene: Scene, out: Path, options: dict[str, Any]) -> list[str]:
+    chosen = scene.options | {"output_dir": out} | options
+    return [f"--{name}={value}" for name, value in chosen.items() if value is not None]
+
+
+# ---------------------------------------------------------------------------------------------------------- moments
+
+PHASES = ("load", "train", "validate", "save", "rotate", "final save")
+
+
+def last_step(said: str) -> int:
+    """Return the last step that a run says it has finished."""
+    return max(map(int, re.findall(r"^step (\d+)/", said, re.MULTILINE)), default=0)
+
+
+def phase(out: Path, said: str, options: dict[str, Any]) -> str:
+    """Return what a process was doing when it died, from what it said and what lies in its folder."""
+    done = last_step(said)
+    if "validation loss" not in said and not done:
+        return "load"
+    if folders.read_record(out).get("status") == "finished":
+        return "end"
+    if (out / ".final.partial").exists() or (out / "adapter_model.safetensors").exists():
+        return "final save"
+    if any(out.glob(".checkpoint-*.removed")) or len(steps(out)) > options["save_total_limit"]:
+        return "rotate"
+    if any(out.glob(".checkpoint-*.partial")):
+        return "save"
+    due = done and (done % options["eval_steps"] == 0 or done == options["max_steps"])
+    if due and not re.search(rf"^validation loss .* at step {done}\b", said, re.MULTILINE):
+        return "validate"
+    return "train"
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A phase of a run, after so many steps: what shows that it has begun, and how long it takes."""
+
+    phase: str
+    step: int = 0
+    seconds: float = 0.0
+
+    def has_come(self, running: Running) -> bool:
+        """Return whether the phase has begun."""
+        out, step = running.out, self.step
+        match self.phase:
+            case "load":
+                return running.listens()
+            case "train" | "validate":
+                return f"step {step}/" in running.said() if step else "before the first step" in running.said()
+            case "save":
+                return (out / f".checkpoint-{step}.partial").exists()
+            case "rotate":
+                return (out / f"checkpoint-{step}").exists()
+            case _:
+                return (out / ".final.partial").exists()
+
+    def strike(self, running: Running, chance: random.Random, number: int = signal.SIGKILL) -> bool:
+        """Send a signal somewhere in this phase; return whether the process was still there."""
+        if not running.waits_for(self.has_come):
+            return False
+        time.sleep(chance.uniform(0, self.seconds))
+        return running.send(number)
+
+
+def moments(running: Running, options: dict[str, Any]) -> list[Moment]:
+    """Return the moments of a run that has just begun and is let go on to its end, each with its length."""
+    last, keep = options["max_steps"], options["save_total_limit"]
+    order = [Moment("load"), Moment("train")]
+    for step in range(1, last + 1):
+        validates = step % options["eval_steps"] == 0 or step == last
+        saves = step % options["save_steps"] == 0 and step < last
+        order += [Moment("validate", step)] * validates + [Moment("save", step)] * saves
+        order += [Moment("rotate", step)] * (saves and step // options["save_steps"] > keep)
+        order += [Moment("train", step)] * (not validates and not saves)
+    order.append(Moment("final save"))
+    begun = {moment: time.monotonic() for moment in order if running.waits_for(moment.has_come)}
+    running.ended()
+    times = [running.begun, *list(begun.values())[1:], time.monotonic()]
+    return [replace(moment, seconds=times[n + 1] - times[n]) for n, moment in enumerate(begun)]
