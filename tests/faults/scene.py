@@ -1,0 +1,181 @@
+"""Where faults are tried: a tiny model, rows, and our commands in forked processes that may die of them."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from conftest import ARCHITECTURES, _save_sentencepiece
+from safetensors.torch import load_file
+
+from lora_alpaca import cli, exporting, training  # noqa: F401  imported here once, for all that are forked
+from lora_alpaca.folders import CHECKPOINT_FILES, RECORD, read_json
+
+PATIENCE = 120  # seconds for one command
+ADAPTER = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended: its exit code (-n after signal n, -999 after it was waited for in vain) and all it said."""
+
+    code: int
+    said: str
+
+    def error(self) -> str:
+        """Return its one line of error; a traceback, or more or fewer than one such line, is none."""
+        lines = [line for line in self.said.splitlines() if line.startswith("error: ")]
+        return lines[0] if len(lines) == 1 and "Traceback" not in self.said else ""
+
+    def last(self) -> str:
+        """Return its last words, for a failure's line."""
+        return " | ".join(self.said.strip().splitlines()[-3:])[-300:]
+
+
+def forked(work: Callable[[], None], log: Path, patience: float = PATIENCE) -> Ended:
+    """Do some work in a copy of this process and return how that ended; SystemExit gives the exit code, an error 70."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    process = os.fork()
+    if process == 0:
+        code = 70
+        try:
+            torch.set_num_threads(1)  # the threads of a pool are not copied
+            told = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(told, 1)
+            os.dup2(told, 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+            work()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 70
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    until = time.monotonic() + patience
+    pause = 0.002
+    while True:
+        done, status = os.waitpid(process, os.WNOHANG)
+        if done:
+            return Ended(os.waitstatus_to_exitcode(status), log.read_text(errors="replace") if log.exists() else "")
+        if time.monotonic() > until:
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+            return Ended(-999, f"no end after {patience} s: {log.read_text(errors='replace')}")
+        time.sleep(pause)
+        pause = min(0.02, pause * 1.5)
+
+
+@dataclass
+class Scene:
+    """A folder with a tiny model and rows; `options` are those of a run of a few steps that does all a run can do."""
+
+    folder: Path
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Make model and rows."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.model, self.data, self.log = self.folder / "model", self.folder / "rows.json", self.folder / "said.txt"
+        make_rows(self.data)
+        if not self.model.exists():
+            make_model(self.model)
+        self.options = {
+            "base_model": self.model, "data_path": self.data, "batch_size": 4, "max_steps": 3, "save_steps": 1,
+            "eval_steps": 2, "val_set_size": 2, "save_total_limit": 1, "learning_rate": 1e-2, "cutoff_len": 128,
+            "prompt_template_name": "alpaca_short", "dtype": "fp32", "load_8bit": False, "logging_steps": 1, "lora_dropout": 0.1,
+        } | self.options  # fmt: skip
+
+    def finetune(self, out: Path, before: Callable[[], Any] | None = None, **options: Any) -> Ended:
+        """Return how `finetune` into a folder ended; `before` is called in its process first."""
+        return self.command("finetune", before, **self.options | {"output_dir": out} | options)
+
+    def command(self, verb: str, before: Callable[[], Any] | None = None, **options: Any) -> Ended:
+        """Return how a command ended, typed with these options."""
+        words = [f"--{name}={value}" for name, value in options.items() if value is not None]
+
+        def work() -> None:
+            if before is not None:
+                before()
+            cli.main([verb, *words])
+
+        return forked(work, self.log)
+
+    def fresh(self, name: str = "out") -> Path:
+        """Return a path at which there is nothing."""
+        path = self.folder / name
+        for there in (path, *self.folder.glob(f"{name}.*"), *self.folder.glob(f".{name}.*")):
+            shutil.rmtree(there, ignore_errors=True)
+        return path
+
+
+def make_rows(path: Path, count: int = 18) -> None:
+    """Write rows in Alpaca's format: sums, whose answers follow."""
+    rows = [{"instruction": "Add the numbers.", "input": f"{n} + {n * n}", "output": str(n + n * n)} for n in range(count)]
+    path.write_text(json.dumps(rows), encoding="utf-8")
+
+
+def make_model(folder: Path, seed: int = 0) -> None:
+    """Write a random one-layer Llama with a tokenizer of its own."""
+    folder.mkdir(parents=True)
+    texts = ["### Instruction:", "Add the numbers.", "### Input:", "0123456789 + 0 1 2 3 4 5 6 7 8 9", "### Response:"] * 9
+    _save_sentencepiece("Llama", texts, folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    sizes = ARCHITECTURES["Llama"] | {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32}
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2, pad_token_id=None, **sizes
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        transformers.LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def tensors(folder: Path, name: str = ADAPTER) -> dict[str, torch.Tensor]:
+    """Return the tensors of a file in a folder, none where there is no whole one."""
+    try:
+        return load_file(folder / name)
+    except Exception:
+        return {}
+
+
+def same(one: Path, other: Path, name: str = ADAPTER) -> bool:
+    """Return whether two folders hold the same tensors, to the bit."""
+    first, second = tensors(one, name), tensors(other, name)
+    return first.keys() == second.keys() != set() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def whole(folder: Path) -> bool:
+    """Return whether a folder says that it is finished, and all that it lists is there."""
+    record = read_json(folder / RECORD)
+    return record.get("status") == "finished" and all((folder / name).is_file() for name in record["files"])
+
+
+def hidden(folder: Path) -> list[str]:
+    """Return the hidden folders that are left in a folder."""
+    return sorted(path.name for path in folder.glob(".*") if path.is_dir())
+
+
+def steps(folder: Path) -> list[int]:
+    """Return the steps of the checkpoints in a folder."""
+    return sorted(int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*") if path.name[11:].isdigit())
+
+
+def losses(folder: Path) -> list[Any]:
+    """Return what the record of a finished run says of its steps, but for times."""
+    history: Iterable[dict[str, Any]] = read_json(folder / RECORD).get("result", {}).get("history", [])
+    return [{key: value for key, value in entry.items() if key != "tokens_per_second"} for entry in history]
+
+
+def listed(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a checkpoint."""
+    return read_json(folder / CHECKPOINT_FILES)
