@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-Before = Callable[[str, Path, Any], Any]  # kind, path, and the bytes of a write or the new path of a rename
+# Kind, path, and what more there is: the bytes of a write, the new path of a rename, whether an open empties the file.
+Before = Callable[[str, Path, Any], Any]
 
 
 class Watch:
@@ -44,7 +45,7 @@ class Watch:
     def open(self, path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
         named = self.path(path, dir_fd)
         if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-            self.tell("open", named)
+            self.tell("open", named, bool(flags & os.O_TRUNC))
         descriptor: int = self.own["open"](path, flags, mode, dir_fd=dir_fd)
         self.open_files[descriptor] = named
         return descriptor
@@ -81,7 +82,7 @@ class Watch:
 
     def python_open(self, file: Any, mode: str = "r", *more: Any, **options: Any) -> Any:
         if not isinstance(file, int) and set(mode) & set("wax+"):
-            self.tell("open", self.path(file))
+            self.tell("open", self.path(file), "w" in mode)
         return self.own_open(file, mode, *more, **options)
 
     def begin(self) -> None:
