@@ -15,7 +15,6 @@ from typing import Any
 from faults.operations import Watch, dies_before
 from faults.report import Report, chosen
 from faults.scene import Ended, Scene, hidden, losses, same, steps, whole
-
 from lora_alpaca import checkpoints
 from lora_alpaca.errors import CheckpointError
 from lora_alpaca.folders import CHECKPOINT_FILES, standing

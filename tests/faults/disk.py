@@ -19,7 +19,6 @@ from typing import Any
 from faults.operations import Before, Watch
 from faults.report import Report, chosen
 from faults.scene import Ended, Scene, hidden, losses, same, whole
-
 from lora_alpaca import checkpoints
 from lora_alpaca.folders import RECORD
 from lora_alpaca.storage import LOCK
@@ -228,7 +227,9 @@ class _Disk:
 
         return self.scene.finetune(self.out, begin, resume=True)
 
-    def _judge(self, what: str, ended: Ended, must_fail: bool = False, again: Callable[[], Ended] | None = None) -> None:
+    def _judge(
+        self, what: str, ended: Ended, must_fail: bool = False, again: Callable[[], Ended] | None = None
+    ) -> None:
         """Look at what a run with a fault says and leaves, and go on with it on a sound disk."""
         expect, out = self.report.expect, self.out
         warnings = [line for line in ended.said.splitlines() if line.startswith(WARNING)]

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from faults.report import Report, chosen
 from faults.scene import Ended, Scene, losses, same, steps, tensors
-
 from lora_alpaca import checkpoints
 from lora_alpaca.engine import Engine, Packed
 from lora_alpaca.loop import MOST_OVERFLOWS, MOST_SKIPPED, Loop
@@ -186,8 +186,13 @@ def programme(share: float, folder: Path) -> Report:
         return (int(folder.name.removeprefix("checkpoint-")) if folder else 0), folder
 
     kinds = [*EXPLICIT, "moment", "validation"]
-    cases = [(kind, value, number) for kind in kinds for value in VALUES for number in (1, 3, STEPS)
-             if (kind, number) != ("moment", 1)]  # fmt: skip  there are none yet
+    cases = [
+        (kind, value, number)
+        for kind in kinds
+        for value in VALUES
+        for number in (1, 3, STEPS)
+        if (kind, number) != ("moment", 1)
+    ]  # fmt: skip  there are none yet
     for kind, value, number in chosen(cases, share):
         what = f"{value} in the {kind} of step {number}"
         report.count("nonfinite")
@@ -243,7 +248,7 @@ def _skipped(scene: Scene, report: Report, out: Path, right: Path, newest: Any) 
 
 
 def _overflows(scene: Scene, report: Report, out: Path, newest: Any) -> None:
-    """An overflow that lowers the loss scale is no event; too many in a row are, also with an interruption in between."""
+    """An overflow that lowers the loss scale is no event; too many in a row are, also in two runs."""
     long = {"max_steps": 60, "save_steps": 20, "eval_steps": 60}
     one = {"one": {2}, "all but one too many": set(range(3, 2 + MOST_OVERFLOWS)), "the last": {60}}
     for name, numbers in one.items():

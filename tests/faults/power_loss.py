@@ -20,7 +20,6 @@ from typing import Any
 from faults.operations import Watch
 from faults.report import Report, chosen
 from faults.scene import Ended, Scene, losses, same, steps
-
 from lora_alpaca import checkpoints
 from lora_alpaca.errors import CheckpointError
 from lora_alpaca.folders import RECORD, read_record
@@ -239,7 +238,7 @@ def _build(held: Image, image: Path) -> None:
 
 
 class _Judge:
-    """What a disk must hold: it follows the operations, and looks at what is left. `strict`: there was nothing before."""
+    """What a disk must hold: it follows the operations, and looks at what is left; `strict` if there was nothing before."""
 
     def __init__(self, disk: Disk, strict: bool):
         self.disk, self.strict, self.done = disk, strict, 0
