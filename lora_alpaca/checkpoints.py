@@ -75,7 +75,11 @@ def save(output_dir: Path, run: str, checkpoint: Checkpoint, settings: dict[str,
 
 
 def rotate(output_dir: Path, run: str, keep: int) -> None:
-    """Remove the oldest checkpoints of a run beyond `keep`, by step number; nobody else's are touched."""
+    """Remove the oldest checkpoints of a run beyond `keep`, by step number; nobody else's are touched.
+
+    What could not be removed before is tried again. Raises OSError.
+    """
+    sweep(output_dir)
     ours = [folder for folder in _folders(output_dir) if _run(folder) == run]
     for folder in ours[keep:]:
         remove(folder)

@@ -15,7 +15,9 @@ from lora_alpaca.config import ConvertConfig
 from lora_alpaca.errors import AdapterError, FolderError
 from lora_alpaca.options import user_path
 
-NAME = re.compile(r"(base_model\.model\.(?:.+\.)?([^.]+)\.)lora_(A|B)(?:\.default)?\.weight")  # .default: 0.3 of PEFT
+NAME = re.compile(
+    r"(base_model\.model\.(?:.+\.)?([^.]+)\.)lora_(A|B)(?:\.default)?\.weight"
+)  # .default: PEFT's inner name, which some have saved
 LONG_GONE = ("enable_lora", "merge_weights")  # settings of PEFT 0.2, which must be off to mean the same today
 
 

@@ -6,13 +6,14 @@ saved is an ordinary transformers folder with tokenizer, stop ids, and the promp
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
-from lora_alpaca import adapters, contracts, folders, models, records, skeletons, storage
+from lora_alpaca import adapters, contracts, fingerprints, folders, models, records, skeletons, storage
 from lora_alpaca.config import ExportConfig
 from lora_alpaca.encoding import Encoder
 from lora_alpaca.errors import AdapterError, ExportError, FolderError, ModelError
@@ -94,6 +95,7 @@ def export_hf(config: ExportConfig) -> Path:
             "adapter": str(adapter.resolve()),
             "stop_ids": stop_ids,
             "receipt": receipt,
+            "weights": fingerprints.weight_hashes(replace(base, path=str(stage), revision=None)),
             "versions": records.versions(),
             "files": sorted({*storage.files_below(stage)} - {storage.LOCK}),
         }

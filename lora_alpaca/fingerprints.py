@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_alpaca import folders, models, storage
+from lora_alpaca.errors import ModelError
 from lora_alpaca.models import Base
 from lora_alpaca.options import user_cache
 
@@ -32,12 +33,26 @@ def base_fingerprint(base: Base) -> str:
     in other files (split differently, or stored in another dtype).
     """
     config = folders.read_json(models.config_file(base))
-    files = models.weight_files(base)
     facts = {
         "config": {key: value for key, value in config.items() if key not in WRITER},
-        "weights": dict(zip((path.name for path in files), hashes(files), strict=True)),
+        "weights": weight_hashes(base),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def weight_hashes(base: Base) -> dict[str, str]:
+    """Return file name -> sha256 of a base's weights.
+
+    Raises ModelError for files that are missing or, in a merged model of ours, not as they were exported.
+    """
+    files = models.weight_files(base)
+    found = dict(zip((path.name for path in files), hashes(files), strict=True))
+    exported = folders.read_record(files[0].parent).get("weights", found)
+    for name in (name for name in found if found[name] != exported.get(name)):
+        raise ModelError(
+            f"--base_model {base.name}: {name} is not as it was exported (its sha256 is another); export it again"
+        )
+    return found
 
 
 def hashes(paths: Sequence[Path]) -> list[str]:

@@ -105,9 +105,24 @@ def occupied(folder: Path, overwrite: bool, goes_on: bool) -> Iterator[list[str]
 
 
 @contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn what a disk fails with within this context into a FolderError."""
+    try:
+        with storage.others_write():
+            yield
+    except FolderError:
+        raise
+    except OSError as error:
+        raise FolderError(
+            f"--output_dir {folder}: it could not be written ({error.strerror or error}); free space there, or name "
+            "another folder"
+        ) from None
+
+
+@contextmanager
 def staged(folder: Path) -> Iterator[Path]:
-    """Give `storage.staged(folder)`. Raises FolderError if another process is making the same folder."""
-    with ExitStack() as stack:
+    """Give `storage.staged(folder)`. Raises FolderError if another process makes the same folder, or the disk fails."""
+    with writing(folder), ExitStack() as stack:
         yield _entered(stack, storage.staged(folder), folder)
 
 
@@ -119,12 +134,13 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _entered(stack: ExitStack, context: AbstractContextManager[Entered], folder: Path) -> Entered:
-    try:
-        return stack.enter_context(context)
-    except BlockingIOError as error:
-        raise FolderError(
-            f"--output_dir {folder}: another run is at work there ({error}); wait for it, or name another folder"
-        ) from None
+    with writing(folder):
+        try:
+            return stack.enter_context(context)
+        except BlockingIOError as error:
+            raise FolderError(
+                f"--output_dir {folder}: another run is at work there ({error}); wait for it, or name another folder"
+            ) from None
 
 
 # ------------------------------------------------------------------------------------------------------ making room
@@ -139,7 +155,7 @@ def claim(folder: Path, overwrite: bool) -> list[str]:
             said.append(f"removed the earlier results in {folder}")
         else:
             said.append(f"{folder} holds finished results; they are now in {set_aside(folder)}")
-    folder.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(folder)
     return said
 
 
@@ -156,10 +172,15 @@ def set_aside(path: Path, ending: str = "") -> Path:
 
 
 def remove_ours(folder: Path) -> None:
-    """Remove the files that our records list, and then the folders that this leaves empty."""
+    """Remove the files that our records list, and then the folders that this leaves empty.
+
+    The record stays, as that of something unfinished, until another one takes its place: the folder is still ours.
+    """
+    record = read_record(folder)
+    storage.replace(folder / RECORD, storage.as_json(record | {"status": "unfinished"}))
     for listing in folder.glob(f"checkpoint-*/{CHECKPOINT_FILES}"):
         remove_checkpoint(listing.parent)
-    for name in [*read_record(folder).get("files", []), RECORD]:
+    for name in record.get("files", []):
         remove_below(folder, name)
     for path in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
         storage.remove_if_empty(path)
@@ -185,11 +206,14 @@ def remove_below(folder: Path, name: str) -> None:
 def publish(stage: Path, folder: Path, overwrite: bool) -> list[str]:
     """Let a staged folder appear in its place and return what was done to make room. Nobody sees half of it."""
     said = claim(folder, overwrite)
-    if any(folder.iterdir()):  # files of the user's own stay where they are, beside ours; the record comes last
+    if any(path.name != RECORD for path in folder.iterdir()):  # files of the user's own stay where they are
+        coming = read_record(stage) | {"status": "unfinished"}  # the record that counts comes last
+        storage.replace(folder / RECORD, storage.as_json(coming))
         for path in sorted(stage.iterdir(), key=lambda path: path.name == RECORD):
             storage.rename(path, folder / path.name)
         os.rmdir(stage)
     else:
+        storage.remove(folder / RECORD)
         os.rmdir(folder)
         storage.rename(stage, folder)
     return said

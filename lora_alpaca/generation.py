@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from lora_alpaca import adapters, contracts, folders, models, records, skeletons
+from lora_alpaca import adapters, contracts, fingerprints, folders, models, records, skeletons
 from lora_alpaca.common_options import ADAPTER_DIR, DEMO
 from lora_alpaca.config import GenerateConfig
 from lora_alpaca.encoding import Encoder
@@ -267,6 +267,8 @@ def _model_alone(config: GenerateConfig, named: str) -> Source:
     base = models.locate_base(named or DEMO, config.revision, config.trust_remote_code)
     folder = Path(base.path)
     origin = records.read_origin(folder) if folders.read_record(folder) else None
+    if origin is not None:
+        fingerprints.weight_hashes(base)  # which checks them
     if named:
         _say(f"model {base.name}" + (", merged by lora_alpaca" if origin else ", without an adapter"))
     return Source(base, None, None, origin)

@@ -95,6 +95,7 @@ class Loop:
         """
         progress, plan = self.progress, self.plan
         self.reporter.start(plan.total_steps, progress.step)
+        self._rotate()  # the run before may have ended between a save and this
         try:
             while True:
                 if self._validation_is_due():
@@ -236,6 +237,12 @@ class Loop:
             self.reporter.say(f"warning: {self._failure}; {self._newest()}")
             return
         self.failed_saves, self.saved = 0, self.progress.step
+        self._rotate()
+
+    def _rotate(self) -> None:
+        """Remove checkpoints beyond the limit; one that cannot be removed is said, and tried again later."""
+        if not self.ranks.first:
+            return
         try:
             checkpoints.rotate(self.output_dir, self.record["run"], self.config.save_total_limit)
         except OSError as error:

@@ -1,6 +1,8 @@
 """Tokenizer and base model: locate and load. The one table of devices and precisions."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash, get_checkpo
 
 from lora_alpaca import quantization
 from lora_alpaca.common_options import DEMO, ModelOptions
-from lora_alpaca.errors import ConfigError, ModelError
+from lora_alpaca.errors import ConfigError, ModelError, one_line
 from lora_alpaca.options import user_path
 
 ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"  # of weights, as transformers looks for them
@@ -180,9 +182,7 @@ def _check_vocabulary(base: Base, folder: Path) -> None:
 def load_base(base: Base, placement: Placement) -> Any:
     """Return the frozen causal language model on its device, in eval mode. Raises ModelError for missing weights."""
     weight_files(base)
-    chatter = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()  # its report of several lines; what matters in it is said below
-    with one_line(f"--base_model {base.name}"):
+    with one_line(f"--base_model {base.name}"), _without_report():
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
             base.path,
             revision=base.revision,
@@ -194,16 +194,27 @@ def load_base(base: Base, placement: Placement) -> Any:
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    transformers.utils.logging.set_verbosity(chatter)
-    _check_found(base, found)
+    _check_found(base, model, found)
     quantization.correct(model)
     model.requires_grad_(False)
     return model.eval()
 
 
-def _check_found(base: Base, found: dict[str, Any]) -> None:
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Keep transformers from its report of several lines; what matters in it is said in one."""
+    before = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(before)
+
+
+def _check_found(base: Base, model: Any, found: dict[str, Any]) -> None:
     """Raise ModelError where weights were left as they were born; say where some of the files' were left out."""
-    left = sorted(found["missing_keys"]) + sorted(str(entry[0]) for entry in found["mismatched_keys"])
+    weights = {name for name, _ in model.named_parameters()}
+    left = sorted(weights & {*found["missing_keys"], *(entry[0] for entry in found["mismatched_keys"])})
     if left:
         raise ModelError(
             f"--base_model {base.name}: its files do not hold what config.json describes; {left[0]} is missing or of "
@@ -276,21 +287,3 @@ def damage(path: Path) -> str:
         return "is missing"
     except (SafetensorError, OSError) as error:
         return f"cannot be read ({str(error).splitlines()[0]}); copy or download it again"
-
-
-class one_line:
-    """A context in which the many errors of loading become one ModelError of one line."""
-
-    def __init__(self, what: str):
-        self.what = what
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        expected = isinstance(error, (OSError, ValueError, TypeError, SafetensorError, ImportError, KeyError))
-        of_the_hub = type(error).__module__.startswith("huggingface_hub")
-        if (expected or of_the_hub or type(error) is Exception) and not isinstance(error, ModelError):
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-            first = next((number for number, line in enumerate(lines) if not line.endswith(":")), 0)
-            raise ModelError(f"{self.what}: {' '.join(lines[: first + 1])}") from error  # `Exception`: of tokenizers

@@ -37,6 +37,7 @@ class Ranks:
         self.rank: int = processes.process_index
         self.world_size: int = processes.num_processes
         self.first = self.rank == 0
+        self._seed = 0
         self._peers = Peers(self.rank, self.world_size) if self.world_size > 1 else None
         self.reporter = Reporter(quiet=not self.first)
         self.placement, said = models.place(config, processes.device, default_bits=8)
@@ -151,7 +152,12 @@ class Ranks:
         It follows from the three numbers alone, so a run that goes on, or tries a step again, has it without saving it.
         """
         digest = hashlib.sha256(f"{seed} {step} {self.rank}".encode()).digest()
-        torch.manual_seed(int.from_bytes(digest[:7]))
+        self._seed = int.from_bytes(digest[:7])
+        self.seed_again()
+
+    def seed_again(self) -> None:
+        """Set the random state in which the step under way began."""
+        torch.manual_seed(self._seed)
 
     # ---------------------------------------------------------------------------------------------- trackers
 

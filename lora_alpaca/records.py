@@ -107,7 +107,7 @@ class Adapter:
 
         All is written and flushed elsewhere first: files appear one by one, each whole, and count with the record.
         """
-        with storage.staged(output_dir / "final") as stage:
+        with storage.others_write(), storage.staged(output_dir / "final") as stage:
             self.tokenizer.save_pretrained(stage)
             storage.write(stage / adapters.SETTINGS, storage.as_json(self.settings))
             storage.write(stage / contracts.FILE, storage.as_json(self.contract))

@@ -9,8 +9,8 @@ import torch
 import transformers
 
 from lora_alpaca import models
-from lora_alpaca.errors import ModelError
-from lora_alpaca.models import Base, Placement, one_line
+from lora_alpaca.errors import ModelError, one_line
+from lora_alpaca.models import Base, Placement
 
 
 def skeleton(base: Base) -> Any:

@@ -104,6 +104,7 @@ class Learner:
                 self.ranks.reporter.say(f"out of memory: going on with {smaller}; the optimizer batch stays as it is")
                 self.engine = smaller
             memory.release(self.ranks.device)
+            self.ranks.seed_again()  # the same dropout, however far the attempt came
 
     @torch.no_grad()
     def evaluate(self, examples: Sequence[Example]) -> float:

@@ -7,10 +7,11 @@ the disk before, and the folder that it appears in is flushed after. So there is
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,14 @@ def rename(path: Path, to: Path) -> None:
     os.replace(path, to)
     sync_folder(to.parent)
     if path.parent != to.parent:
+        sync_folder(path.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder that may be there, and those above it, and make their names last."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
         sync_folder(path.parent)
 
 
@@ -94,15 +103,33 @@ def settle(folder: Path) -> None:
 
 
 @contextmanager
+def others_write() -> Iterator[None]:
+    """Turn what writers in Rust raise where a disk fails, within this context, into the OSError that it is."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) or not (number := re.search(r"\(os error (\d+)\)", str(error))):
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
+
+
+@contextmanager
 def staged(folder: Path) -> Iterator[Path]:
     """Give an empty, hidden folder beside `folder`, to be filled, settled and renamed before the context ends.
 
     Otherwise it is removed. One that a crash left behind is emptied and used; one in use is BlockingIOError.
     """
     stage = folder.with_name(f".{folder.name}.partial")
-    with locked(stage):
-        clear(stage, but=LOCK)
+    with ExitStack() as stack:
         try:
+            stack.enter_context(locked(stage))
+        except BlockingIOError:
+            raise
+        except OSError:
+            clear(stage)
+            raise
+        try:
+            clear(stage, but=LOCK)
             yield stage
         finally:
             clear(stage)
@@ -125,7 +152,7 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises BlockingIOError, with the name of the process that is there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     lock = FileLock(folder / LOCK, thread_local=False)
     try:
         lock.acquire(timeout=0)
@@ -133,10 +160,12 @@ def locked(folder: Path) -> Iterator[None]:
         owner = (folder / LOCK).read_text(encoding="utf-8", errors="replace").strip()
         raise BlockingIOError(owner or "a process that has just begun") from None
     try:
-        (folder / LOCK).write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        with suppress(OSError):  # a full disk: it is locked all the same
+            write(folder / LOCK, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
     finally:
-        remove(folder / LOCK)  # it names this machine, and folders are published
+        with suppress(OSError):  # a disk that fails: what is done here is done all the same
+            remove(folder / LOCK)  # it names this machine, and folders are published
         lock.release()
 
 

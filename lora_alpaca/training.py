@@ -54,6 +54,8 @@ def finetune(config: FinetuneConfig, rows: Rows | None = None) -> Run:
         say = ranks.reporter.say
         output_dir = user_path(config.output_dir)
         if config.resume and folders.read_record(output_dir).get("status") == "finished":
+            if ranks.first:
+                folders.check_lock(output_dir)
             say(f"{output_dir}: this run is already finished")
             return records.finished_run(output_dir)
         checkpoint_dir = ranks.first_says(lambda: resuming.find(config, output_dir, ranks.reporter))
@@ -133,10 +135,11 @@ def finetune(config: FinetuneConfig, rows: Rows | None = None) -> Run:
         ranks.wait()  # until all have looked at the folder that the first now makes its own
         if ranks.first:
             goes_on = not config.overwrite and folders.standing(output_dir) == "unfinished"
-            say(*until_trained.enter_context(folders.occupied(output_dir, config.overwrite, goes_on)))
-            checkpoints.sweep(output_dir)
-            say(*checkpoints.make_newest(output_dir, checkpoint_dir))
-            storage.replace(output_dir / folders.RECORD, storage.as_json(record))
+            with folders.writing(output_dir):
+                say(*until_trained.enter_context(folders.occupied(output_dir, config.overwrite, goes_on)))
+                checkpoints.sweep(output_dir)
+                say(*checkpoints.make_newest(output_dir, checkpoint_dir))
+                storage.replace(output_dir / folders.RECORD, storage.as_json(record))
         ranks.start_tracker(config, model, resumed.facts["tracker"] if resumed else "")
 
         with stop.patient():

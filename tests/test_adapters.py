@@ -307,6 +307,13 @@ def test_old_and_new_may_be_named(old, tmp_path):
     assert (tmp_path / "new" / WEIGHTS).is_file()
 
 
+def test_an_old_adapter_on_the_hub_is_fetched_with_its_pickle(old, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(adapters, "download", lambda *words: asked.append(words) or old)
+    assert run("convert_adapter", "tloen/alpaca-lora-7b", tmp_path / "new").code == 0
+    assert asked == [("tloen/alpaca-lora-7b", "OLD", "adapter_model.bin")]
+
+
 class _Attack:
     def __reduce__(self):
         import os

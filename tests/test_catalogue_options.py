@@ -11,7 +11,7 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import get_args
+from typing import ClassVar, get_args
 
 import pytest
 import torch
@@ -376,76 +376,81 @@ def test_a_base_of_which_the_cache_holds_only_half(left_out, said, hub_cache, ti
     assert said in line_of("finetune", *words, code=1)
 
 
+class Answers(BaseHTTPRequestHandler):
+    """A hub; a repository's name says with which status it answers: someone/s404."""
+
+    said: ClassVar = {
+        401: {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"},
+        403: {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted; ask for it"},
+        404: {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"},
+        200: {"X-Repo-Commit": COMMIT, "ETag": '"0"', "Content-Length": "2"},
+    }
+
+    def do_HEAD(self):
+        status = int(self.path.split("/")[2][1:])
+        self.send_response(status)
+        for name, value in self.said.get(status, {}).items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def do_GET(self):
+        self.do_HEAD()
+        self.wfile.write(b"{}")
+
+    def log_message(self, *words):
+        pass
+
+
+def address(monkeypatch, port):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{port}")
+    files = f"http://127.0.0.1:{port}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", files)
+
+
+@pytest.fixture
+def hub(hub_cache, monkeypatch):
+    """Let the library ask a hub on this machine, without a pause before it asks again."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    address(monkeypatch, server.server_port)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
 @entry("D92")
-def test_a_hub_cache_that_cannot_be_written_to(number, here, run_script, data_path):
-    with hub() as address:
-        (here.parent / "file").write_text("x")
-        variables = {"HF_ENDPOINT": address, "HF_HUB_CACHE": str(here.parent / "file" / "hub"), "HF_HUB_OFFLINE": "0"}
-        words = ("--base_model", "someone/s200", "--data_path", data_path)
-        done = run_script("finetune.py", *words, cwd=here, **variables)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: --base_model someone/s200: ")
-    assert f"{here.parent / 'file'}" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-
-
-class hub:
-    """A hub on this machine, as a context whose value is its address; a repository's name says what it answers."""
-
-    def __enter__(self):
-        class Answer(BaseHTTPRequestHandler):
-            def do_HEAD(self):
-                status = int(self.path.split("/")[2][1:])
-                self.send_response(status)
-                for name, value in {
-                    401: {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"},
-                    403: {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted; ask for it"},
-                    404: {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"},
-                    200: {"X-Repo-Commit": COMMIT, "ETag": '"0"', "Content-Length": "2"},
-                }.get(status, {}).items():
-                    self.send_header(name, value)
-                self.end_headers()
-
-            def do_GET(self):
-                self.do_HEAD()
-                self.wfile.write(b"{}")
-
-            def log_message(self, *words):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{self.server.server_port}"
-
-    def __exit__(self, *_):
-        self.server.shutdown()
-        self.server.server_close()
+def test_a_hub_cache_that_cannot_be_written_to(number, here, hub, monkeypatch, data_path):
+    (here.parent / "file").write_text("x")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(here.parent / "file" / "hub"))
+    line = line_of("finetune", "--base_model", "someone/s200", "--data_path", data_path, code=1)
+    assert line.startswith("error: --base_model someone/s200: ")
+    assert f"{here.parent / 'file'}" in line
 
 
 @entry("D93")
-def test_a_hub_that_refuses_is_told_in_one_line_that_names_what_was_asked_for(number, here, run_script, data_path):
-    """The statuses in one process: `run` a command for each, as the rest of these tests do."""
-    program = here.parent / "ask.py"
-    program.write_text(
-        f"import json, sys, time; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "time.sleep = lambda seconds: None\n"  # between two tries to connect
-        "from command import run\n"
-        "words = ('--data_path', sys.argv[1], '--max_steps', 1)\n"
-        "answers = {name: run('finetune', '--base_model', name, *words) for name in sys.argv[2:]}\n"
-        "print(json.dumps(answers))\n"
-    )
-    names = [f"someone/s{status}" for status in (401, 403, 404, 429, 500)]
-    with hub() as address:
-        variables = {"HF_ENDPOINT": address, "HF_HUB_CACHE": str(here.parent / "hub"), "HF_HUB_OFFLINE": "0"}
-        done = run_script(program, data_path, *names, cwd=here, check=True, **variables)
-    variables["HF_ENDPOINT"] = "http://127.0.0.1:9"  # where nobody listens
-    alone = run_script(program, data_path, "someone/nobody", cwd=here, check=True, **variables)
-    answers = json.loads(done.stdout.splitlines()[-1]) | json.loads(alone.stdout.splitlines()[-1])
-    assert len(answers) == 6
-    for name, (code, _, err) in answers.items():
-        assert code == 1
-        assert err.startswith(f"error: --base_model {name}: no folder of this name here, and the hub gives none: ")
-        assert len(err.splitlines()) == 1
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [
+        (401, "is not a valid model identifier"),
+        (403, "You are trying to access a gated repo"),
+        (404, "is not a valid model identifier"),
+        (429, "because Client error '429 Too Many Requests'"),
+        (500, "because Server error '500 Internal Server Error'"),
+        ("nobody", "because [Errno 111] Connection refused"),
+    ],
+)
+def test_a_hub_that_refuses_is_told_in_a_line_that_names_what_was_asked_for(
+    number, status, reason, hub, monkeypatch, data_path, caplog
+):
+    if status == "nobody":
+        address(monkeypatch, 9)  # where nobody listens
+    name = f"someone/s{status}"
+    line = line_of("finetune", "--base_model", name, "--data_path", data_path, code=1)
+    assert line.startswith(f"error: --base_model {name}: no folder of this name here, and the hub gives none: ")
+    assert reason in line
+    assert caplog.messages == []
 
 
 @entry("D94")
@@ -614,6 +619,18 @@ def test_a_base_whose_files_do_not_hold_all_of_it(change, said, here, tiny_llama
     assert said in line
 
 
+@entry("F108")
+def test_weights_without_a_place_in_the_model_are_told(number, here, tiny_llama, model_loads):
+    base = shutil.copytree(tiny_llama, here / "base")
+    state = load_file(base / "model.safetensors") | {"model.layers.9.mlp.gate_proj.weight": torch.ones(7)}
+    save_file(state, base / "model.safetensors", metadata={"format": "pt"})
+    result = run("generate", "--base_model", base, "--prompt_template", "alpaca", *ASK)
+    assert result.code == 0, result.err
+    line = "1 weights of its files have no place in the model, such as model.layers.9.mlp.gate_proj.weight"
+    assert f"warning: --base_model {base}: {line}" in result.err.splitlines()
+    assert "LOAD REPORT" not in result.err
+
+
 @pytest.fixture(scope="module")
 def trained(tiny_llama, rows, tmp_path_factory):
     """Return the folder of an adapter that was trained for two steps, with a checkpoint in it."""
@@ -655,6 +672,17 @@ def test_a_bit_turned_in_an_adapter_or_in_its_base(number, adapter, data_path, h
         assert "adapter_model.safetensors: not as it was saved (its sha256 is another); copy it again" in line
 
 
+@entry("F109")
+def test_a_bit_turned_in_a_merged_model(number, adapter, data_path, here, model_loads):
+    assert run("export", "--lora_weights", adapter, "--output_dir", "merged").code == 0
+    commands = {"generate": ASK, "finetune": ("--data_path", data_path, *SHORT)}
+    assert run("generate", "--base_model", "./merged", *ASK).code == 0
+    bytes_of("model.safetensors", lambda data: data[:-4] + bytes([data[-4] ^ 1]) + data[-3:])(here / "merged")
+    for verb, words in commands.items():
+        line = line_of(verb, "--base_model", "./merged", *words, code=1)
+        assert "model.safetensors is not as it was exported (its sha256 is another); export it again" in line
+
+
 @entry("F111")
 def test_an_adapter_given_as_a_base_and_a_base_as_an_adapter(number, adapter, data_path, tiny_llama):
     for folder in (adapter, next(adapter.glob("checkpoint-*"))):
@@ -672,8 +700,8 @@ def test_a_checkpoint_given_as_an_adapter_is_one_if_it_is_whole(number, adapter,
     checkpoint = next(adapter.glob("checkpoint-*"))
     words = ("--lora_weights", checkpoint, "--prompt_template", "alpaca", *ASK)
     assert run("generate", *words).code == 0
-    bytes_of("random.safetensors", lambda data: data[:-1])(checkpoint)
-    assert "random.safetensors is " in line_of("generate", *words, code=1)
+    bytes_of("optimizer.safetensors", lambda data: data[:-1])(checkpoint)
+    assert "optimizer.safetensors is " in line_of("generate", *words, code=1)
 
 
 OTHER_BASES = [

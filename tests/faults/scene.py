@@ -93,7 +93,8 @@ class Scene:
         self.options = {
             "base_model": self.model, "data_path": self.data, "batch_size": 4, "max_steps": 3, "save_steps": 1,
             "eval_steps": 2, "val_set_size": 2, "save_total_limit": 1, "learning_rate": 1e-2, "cutoff_len": 128,
-            "prompt_template_name": "alpaca_short", "dtype": "fp32", "load_8bit": False, "logging_steps": 1, "lora_dropout": 0.1,
+            "prompt_template_name": "alpaca_short", "dtype": "fp32", "load_8bit": False, "logging_steps": 1,
+            "lora_dropout": 0.1,
         } | self.options  # fmt: skip
 
     def finetune(self, out: Path, before: Callable[[], Any] | None = None, **options: Any) -> Ended:
@@ -119,16 +120,23 @@ class Scene:
         return path
 
 
-def make_rows(path: Path, count: int = 18) -> None:
-    """Write rows in Alpaca's format: sums, whose answers follow."""
-    rows = [{"instruction": "Add the numbers.", "input": f"{n} + {n * n}", "output": str(n + n * n)} for n in range(count)]
+def make_rows(path: Path, count: int = 18, shift: int = 0) -> None:
+    """Write rows in Alpaca's format: sums, whose answers follow; `shift` makes other ones."""
+    sums = [(number, number * number + shift) for number in range(count)]
+    rows = [{"instruction": "Add the numbers.", "input": f"{a} + {b}", "output": str(a + b)} for a, b in sums]
     path.write_text(json.dumps(rows), encoding="utf-8")
 
 
 def make_model(folder: Path, seed: int = 0) -> None:
     """Write a random one-layer Llama with a tokenizer of its own."""
     folder.mkdir(parents=True)
-    texts = ["### Instruction:", "Add the numbers.", "### Input:", "0123456789 + 0 1 2 3 4 5 6 7 8 9", "### Response:"] * 9
+    texts = [
+        "### Instruction:",
+        "Add the numbers.",
+        "### Input:",
+        "0123456789 + 0 1 2 3 4 5 6 7 8 9",
+        "### Response:",
+    ] * 9
     _save_sentencepiece("Llama", texts, folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     sizes = ARCHITECTURES["Llama"] | {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32}

@@ -1,0 +1,24 @@
+"""A small share of the programme of faults: every part runs, counts what it tried, and finds nothing."""
+
+import importlib
+import os
+
+import pytest
+
+PARTS = {  # the share of its cases, and the names of what it must have counted
+    "crash_points": (0.025, {"crash_points run", "crash_points export", "crash_points resume"}),
+    "power_loss": (0.08, {"power_cuts images", "power_cuts resumed"}),
+    "disk": (0.03, {"disk_full", "disk_errors", "disk_final_saves", "disk_operations"}),
+    "nonfinite": (0.12, {"nonfinite", "nonfinite skipped", "nonfinite overflows"}),
+    "changed_settings": (0.1, {"changed_settings refused", "changed_settings applied"}),
+    "memory_faults": (0.08, {"memory", "memory shrunk", "memory resumed"}),
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the faults are put into forked processes")
+@pytest.mark.parametrize("part", PARTS)
+def test_nothing_fails(part, tmp_path):
+    share, counted = PARTS[part]
+    report = importlib.import_module(f"faults.{part}").programme(share, tmp_path)
+    assert report.failures == []
+    assert counted <= {name for name, number in report.counts.items() if number}
