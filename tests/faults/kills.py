@@ -56,7 +56,10 @@ def some(numbers: list[int], folder: Path) -> Report:
 
 def chaos(times: int, folder: Path) -> Report:
     """Kill one run so many times, each time a few steps further, and let it end."""
-    report, scene = Report(), Scene(folder / "chaos", OPTIONS | {"max_steps": 5 * times, "save_steps": 1, "eval_steps": 7})
+    report, scene = (
+        Report(),
+        Scene(folder / "chaos", OPTIONS | {"max_steps": 5 * times, "save_steps": 1, "eval_steps": 7}),
+    )
     whole, out = uninterrupted(scene), scene.fresh("killed")
     chance, step = random.Random(times), 0
     for number in range(times):

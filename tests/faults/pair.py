@@ -9,6 +9,7 @@ if __name__ == "__main__":
     launched = dict(os.environ)
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
     from accelerate import PartialState
+
     from faults import exactness, scene  # of which conftest takes the launcher's variables away
 
     os.environ |= launched

@@ -114,7 +114,9 @@ def planned(size: str) -> list[Job]:
     here = [name for name in SHARES if (Path(__file__).parent / f"{name}.py").exists()]
     for name in here:
         share = SHARES[name] if size == "stress" else 1.0
-        jobs.append(Job(name, partial(importlib.import_module(f".{name}", __package__).programme, share), name in ALONE))
+        jobs.append(
+            Job(name, partial(importlib.import_module(f".{name}", __package__).programme, share), name in ALONE)
+        )
     jobs.append(Job("catalogue", catalogue, alone=True))
     return jobs
 

@@ -75,7 +75,9 @@ def judge(report: Report, case: str, running: Running, wanted: str, fault: str) 
     done = last_step(ended.said)
     newest = max(steps(running.out), default=0)
     lives = "error: rank 0: rank" in ended.said  # the rank that writes
-    report.expect(newest == done or not lives, f"{case}: step {done} was finished, and the newest checkpoint is {newest}")
+    report.expect(
+        newest == done or not lives, f"{case}: step {done} was finished, and the newest checkpoint is {newest}"
+    )
     damage = checkpoints.damage(running.out / f"checkpoint-{newest}") if newest else ""
     report.expect(not damage, f"{case}: checkpoint-{newest}: {damage}")
 
