@@ -1,4 +1,4 @@
-"""One of two ranks that try cases of resuming exactly: torchrun --nproc_per_node=2 pair.py FOLDER (see exactness.py)."""
+"""One of two ranks that try cases of exactness.py: torchrun --nproc_per_node=2 pair.py FOLDER"""
 
 import json
 import os

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
+
+import psutil
 
 from . import kills
 from .report import Report, chosen
@@ -61,6 +64,7 @@ class Job:
         self.pid = os.fork()
         if self.pid:
             return
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         folder = Path(tempfile.mkdtemp(prefix=f"lora-alpaca-{self.name}-"))
         try:
             try:
@@ -129,21 +133,31 @@ def run(jobs: list[Job], at_once: int, state: Path) -> None:
             print(f"{job.name}: done before", flush=True)
     working: list[Job] = []
     done, all_ = 0, len(waiting)
-    while waiting or working:
-        while waiting and len(working) < at_once:
-            working.append(waiting.pop(0))
-            working[-1].begin(state)
-        pid, _ = os.waitpid(-1, 0)
-        for job in [job for job in working if job.pid == pid]:
-            working.remove(job)
-            done += 1
-            path = state / f"{job.name}.json"
-            if not path.exists():
-                path.write_text(json.dumps(asdict(Report(failures=[f"{job.name} died"])) | {"seconds": 0}))
-            report = json.loads(path.read_text())
-            bad = f", {len(report['failures'])} FAILED" if report["failures"] else ""
-            counts = ", ".join(f"{number} {name}" for name, number in report["counts"].items() if ":" not in name)
-            print(f"[{done}/{all_}] {job.name}: {counts}{bad}, {report['seconds']} s", flush=True)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        while waiting or working:
+            while waiting and len(working) < at_once:
+                working.append(waiting.pop(0))
+                working[-1].begin(state)
+            pid, _ = os.waitpid(-1, 0)
+            for job in [job for job in working if job.pid == pid]:
+                working.remove(job)
+                done += 1
+                print(f"[{done}/{all_}] {told(job, state / f'{job.name}.json')}", flush=True)
+    finally:
+        for job in working:
+            for process in [*psutil.Process(job.pid).children(recursive=True), psutil.Process(job.pid)]:
+                process.kill()
+
+
+def told(job: Job, path: Path) -> str:
+    """Return what a job that has ended found, in a line; one that left no report has failed."""
+    if not path.exists():
+        path.write_text(json.dumps(asdict(Report(failures=[f"{job.name} died"])) | {"seconds": 0}))
+    report = json.loads(path.read_text())
+    bad = f", {len(report['failures'])} FAILED" if report["failures"] else ""
+    counts = ", ".join(f"{number} {name}" for name, number in report["counts"].items() if ":" not in name)
+    return f"{job.name}: {counts}{bad}, {report['seconds']} s"
 
 
 def catalogue(folder: Path) -> Report:
