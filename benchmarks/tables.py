@@ -1,4 +1,4 @@
-"""Write the tables of docs/benchmarks.md and docs/reliability.md from the newest results: python benchmarks/tables.py"""
+"""Write the tables of docs/ from the newest results: python benchmarks/tables.py"""
 
 import json
 import re
@@ -68,8 +68,8 @@ def reliability(figures: dict[str, Any]) -> str:
     lines += [
         "",
         f"Of all {counts['kills']} kills, {counts.get('unresumable', 0)} left a run that could not be resumed and "
-        f"{counts.get('different', 0)} one that ended differently. {len(figures['catalogue'])} entries of the catalogue "
-        f"of bad inputs were tried, in {counts['bad_inputs']} cases: {counts['tracebacks']} tracebacks, "
+        f"{counts.get('different', 0)} one that ended differently. {len(figures['catalogue'])} entries of the "
+        f"catalogue of bad inputs were tried, in {counts['bad_inputs']} cases: {counts['tracebacks']} tracebacks, "
         f"{counts['silent']} accepted in silence.",
         "",
         f"A checkpoint of a 7B model's adapter ({large['megabytes']} MB with moments and best adapter) took "
