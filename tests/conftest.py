@@ -30,8 +30,9 @@ os.environ |= {
     "OMP_NUM_THREADS": str(max(1, min(2, (os.cpu_count() or 1) // WORKERS))),
     "PYTHONPATH": os.pathsep.join(filter(None, [str(OFFLINE), str(ROOT), os.environ.get("PYTHONPATH")])),
 }
-for name in ("BASE_MODEL", "RANK", "LOCAL_RANK", "WORLD_SIZE", "WANDB_PROJECT"):
-    os.environ.pop(name, None)
+if "TORCHELASTIC_RUN_ID" not in os.environ:  # a rank that a test has started reads this file too
+    for name in ("BASE_MODEL", "RANK", "LOCAL_RANK", "WORLD_SIZE", "WANDB_PROJECT"):
+        os.environ.pop(name, None)
 sys.path.insert(0, str(OFFLINE))
 sys.modules.pop("sitecustomize", None)  # the one of the system, if it has one
 import pytest  # noqa: E402

@@ -24,8 +24,11 @@ CHAOS = 30  # kills of the one run that is killed again and again
 
 def programme(share: float, folder: Path) -> Report:
     """Kill and resume runs, and one run many times."""
-    report = some(chosen(NUMBERS, share), folder)
-    return chaos(max(3, round(CHAOS * min(1, 5 * share))), folder, report)
+    report, again = some(chosen(NUMBERS, share), folder), chaos(max(3, round(CHAOS * min(1, 5 * share))), folder)
+    for name, number in again.counts.items():
+        report.count(name, number)
+    report.failures += again.failures
+    return report
 
 
 def some(numbers: list[int], folder: Path) -> Report:
@@ -51,9 +54,12 @@ def some(numbers: list[int], folder: Path) -> Report:
     return report
 
 
-def chaos(times: int, folder: Path, report: Report) -> Report:
+def chaos(times: int, folder: Path) -> Report:
     """Kill one run so many times, each time a few steps further, and let it end."""
-    scene = Scene(folder / "chaos", OPTIONS | {"max_steps": 5 * times, "save_steps": 1, "eval_steps": 7})
+    report, scene = (
+        Report(),
+        Scene(folder / "chaos", OPTIONS | {"max_steps": 5 * times, "save_steps": 1, "eval_steps": 7}),
+    )
     whole, out = uninterrupted(scene), scene.fresh("killed")
     chance, step = random.Random(times), 0
     for number in range(times):

@@ -238,7 +238,7 @@ def _build(held: Image, image: Path) -> None:
 
 
 class _Judge:
-    """What a disk must hold: it follows the operations, and looks at what is left; `strict` if there was nothing before."""
+    """What a disk must hold: it follows the operations, and looks at what is left. `strict`: nothing was before."""
 
     def __init__(self, disk: Disk, strict: bool):
         self.disk, self.strict, self.done = disk, strict, 0

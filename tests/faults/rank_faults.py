@@ -20,6 +20,7 @@ from .scene import Scene, steps
 
 STEP = 6  # in which it happens: the one before was finished
 WITHIN = 15.0  # seconds from the fault to the end
+KILLED_BY_TORCHRUN = 30.0  # seconds after which torchrun ends a process that is stopped
 TIMEOUT = 4  # seconds of --rank_timeout, for those that hang
 GONE = "it is gone without a word; was it killed, for its memory perhaps?"
 HANGS = "it hangs: the others waited for it as long as --rank_timeout says"
@@ -43,7 +44,7 @@ def programme(share: float, folder: Path) -> Report:
     """Let a rank fail, in twelve ways."""
     report, scene = Report(), Scene(folder / "ranks", dict(OPTIONS))
     for fault, rank, wanted in chosen(FAULTS, share):
-        options = {"rank_timeout": TIMEOUT} if fault == "hang" else {}
+        options = {"rank_timeout": TIMEOUT} if fault in ("hang", "SIGSTOP") else {}
         running = torchrun(scene, scene.fresh("out"), (fault, rank, STEP), **options)
         report.count("rank_faults")
         judge(report, f"{fault} on rank {rank}", running, wanted, fault)
@@ -62,7 +63,7 @@ def judge(report: Report, case: str, running: Running, wanted: str, fault: str) 
     begun = time.monotonic()
     ended = running.ended(PATIENCE)
     seconds = time.monotonic() - begun
-    allowed = WITHIN + TIMEOUT * (fault == "hang")
+    allowed = WITHIN + TIMEOUT * (fault == "hang") + KILLED_BY_TORCHRUN * (fault == "SIGSTOP")
     report.expect(seconds < allowed, f"{case}: it took {seconds:.0f} s until all had ended")
     report.figures.setdefault("seconds until a job with a failed rank had ended", {})[case] = round(seconds, 1)
     report.expect(bool(re.search(wanted, ended.said, re.MULTILINE)), f"{case}: not named: {lines(ended.said)}")
@@ -73,8 +74,10 @@ def judge(report: Report, case: str, running: Running, wanted: str, fault: str) 
     report.expect(not left, f"{case}: {len(left)} processes were left")
     done = last_step(ended.said)
     newest = max(steps(running.out), default=0)
-    lives = f"error: rank 0: rank" in ended.said  # the rank that writes
-    report.expect(newest == done or not lives, f"{case}: step {done} was finished, and the newest checkpoint is {newest}")
+    lives = "error: rank 0: rank" in ended.said  # the rank that writes
+    report.expect(
+        newest == done or not lives, f"{case}: step {done} was finished, and the newest checkpoint is {newest}"
+    )
     damage = checkpoints.damage(running.out / f"checkpoint-{newest}") if newest else ""
     report.expect(not damage, f"{case}: checkpoint-{newest}: {damage}")
 

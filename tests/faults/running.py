@@ -87,6 +87,17 @@ class Running:
 def forked(scene: Scene, out: Path, before: Callable[[], Any] | None = None, **options: Any) -> Running:
     """Begin `finetune` in a copy of this process, in which `before` is called first."""
     words = _words(scene, out, options)
+
+    def work() -> None:
+        if before is not None:
+            before()
+        cli.main(["finetune", *words])
+
+    return copied(work, scene, out, options)
+
+
+def copied(work: Callable[[], None], scene: Scene, out: Path, options: dict[str, Any]) -> Running:
+    """Begin some work in a copy of this process; SystemExit gives its exit code, an error 70."""
     log = scene.folder / f"{out.name}.said"
     log.write_text("")
     sys.stdout.flush()
@@ -95,14 +106,13 @@ def forked(scene: Scene, out: Path, before: Callable[[], Any] | None = None, **o
     if child == 0:
         code = 70
         try:
-            torch.set_num_threads(1)
+            torch.set_num_threads(1)  # the threads of a pool are not copied
             told = os.open(log, os.O_WRONLY | os.O_APPEND)
             os.dup2(told, 1)
             os.dup2(told, 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-            if before is not None:
-                before()
-            cli.main(["finetune", *words])
+            work()
+            code = 0
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 70
         except BaseException:

@@ -41,7 +41,9 @@ def programme(share: float, folder: Path) -> Report:
         report.count(f"signals in: {phase}")
         case = f"{sent.name} {number} in {phase} of {begin.__name__}"
         judge_end(report, case, running, ended, sent, 2 if begin is torchrun else 1)
-        resumed = begin(scene, running.out, resume=True) if begin is torchrun else forked(scene, running.out, resume=True)
+        resumed = (
+            begin(scene, running.out, resume=True) if begin is torchrun else forked(scene, running.out, resume=True)
+        )
         judge_resumed(report, case, by_ranks if begin is torchrun else reference, resumed)
     twice(report, scene, reference)
     too_long(report, scene, reference)
@@ -50,7 +52,9 @@ def programme(share: float, folder: Path) -> Report:
 
 def judge_end(report: Report, case: str, running: Running, ended: Ended, sent: signal.Signals, ranks: int) -> None:
     """Note whether exit code, line and checkpoint are those promised."""
-    report.expect(ended.code == (128 + sent if ranks == 1 else 1), f"{case}: it ended with {ended.code}: {ended.last()}")
+    report.expect(
+        ended.code == (128 + sent if ranks == 1 else 1), f"{case}: it ended with {ended.code}: {ended.last()}"
+    )
     found = STOPPED.findall(ended.said)
     named = len(found) == ranks and all(name == sent.name for _, name, _ in found)
     report.expect(named, f"{case}: it said {found or ended.said[-600:]}")
@@ -72,7 +76,8 @@ def judge_resumed(report: Report, case: str, reference: Path, resumed: Running) 
     ended = resumed.ended()
     report.expect(ended.code == 0, f"{case}: it cannot be resumed: {ended.last()}")
     report.expect(
-        same(reference, resumed.out) and losses(reference) == losses(resumed.out), f"{case}: it ended in another adapter"
+        same(reference, resumed.out) and losses(reference) == losses(resumed.out),
+        f"{case}: it ended in another adapter",
     )
 
 

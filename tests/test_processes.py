@@ -1,0 +1,225 @@
+"""Runs that are killed, stopped, or lose a rank, in a few cases; and what counts signals and ranks, piece by piece.
+
+The whole is in tests/faults.
+"""
+
+import os
+import signal
+import socket
+import time
+
+import pytest
+import torch
+from faults import kills, rank_faults
+from faults.kills import OPTIONS
+from faults.report import Report
+from faults.running import forked, typed
+from faults.scene import Scene
+from faults.signals import judge_end, judge_resumed, too_long, twice
+
+from lora_alpaca import stopping
+from lora_alpaca.peers import STOPPED, Peers
+from lora_alpaca.stopping import Interrupted, StepAbandoned, Stop
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are copies of this process")
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory):
+    """Return where runs take place, with one that was never stopped."""
+    scene = Scene(tmp_path_factory.mktemp("processes"), dict(OPTIONS))
+    kills.uninterrupted(scene)
+    return scene
+
+
+# -------------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.mark.slow
+def test_killed_at_random_and_resumed(tmp_path):
+    report = kills.some(list(range(4)), tmp_path)
+    assert report.failures == []
+    assert report.counts["kills"] >= 4
+    assert report.counts["kills of real processes"] == 1
+
+
+def test_one_run_killed_five_times(tmp_path):
+    report = kills.chaos(5, tmp_path)
+    assert report.failures == []
+    assert report.counts["kills of one run"] == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_from_the_command_line(scene, sent):
+    """In the middle of training, with more steps than could be taken by the time."""
+    report, options = Report(), {"max_steps": 400, "eval_steps": 400}
+    running = typed(scene, scene.fresh("stopped"), **options)
+    assert running.waits_for(lambda running: "step 3/" in running.said())
+    assert running.send(sent)
+    ended = running.ended()
+    judge_end(report, sent.name, running, ended, sent, 1)
+    assert report.failures == []
+    assert "is saved; --resume goes on from there" in ended.said
+
+
+def test_a_signal_while_loading_writes_nothing(scene):
+    running = forked(scene, scene.fresh("stopped"))
+    assert running.waits_for(lambda running: running.listens())
+    running.send(signal.SIGTERM)
+    ended = running.ended()
+    assert (ended.code, ended.said.splitlines()[-1]) == (143, "stopped by SIGTERM: nothing was written")
+    assert not running.out.exists()
+
+
+def test_a_second_signal_and_a_step_that_takes_too_long(scene):
+    report = Report()
+    twice(report, scene, scene.folder / "whole")
+    too_long(report, scene, scene.folder / "whole")
+    assert report.failures == []
+    assert (report.counts["second signals"], report.counts["abandoned steps"]) == (3, 3)
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(scene):
+    report, running = Report(), forked(scene, scene.fresh("stopped"))
+    assert running.waits_for(lambda running: "step 5/" in running.said())
+    running.send(signal.SIGTERM)
+    ended = running.ended()
+    assert ended.code == 143
+    judge_resumed(report, "resumed", scene.folder / "whole", forked(scene, running.out, resume=True))
+    assert report.failures == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case", [rank_faults.FAULTS[0], rank_faults.FAULTS[2]], ids=lambda case: f"{case[0]} {case[1]}"
+)
+def test_a_rank_that_fails(tmp_path, case, monkeypatch):
+    monkeypatch.setattr(rank_faults, "FAULTS", [case])
+    monkeypatch.setattr(rank_faults, "WITHIN", 60)  # on a machine that does other things too
+    report = rank_faults.programme(1, tmp_path)
+    assert report.failures == []
+    assert report.counts["rank_faults"] == 1
+
+
+# ------------------------------------------------------------------------------------------------------- signals
+
+
+@pytest.fixture
+def stop():
+    stop = Stop()
+    with stop.watching():
+        yield stop
+
+
+def test_a_signal_interrupts_what_is_not_patient(stop):
+    with pytest.raises(Interrupted, match="nothing was written") as caught:
+        signal.raise_signal(signal.SIGHUP)
+    assert (caught.value.signal, caught.value.exit_code) == ("SIGHUP", 129)
+
+
+def test_a_signal_only_asks_the_patient(stop):
+    with stop.patient():
+        assert not stop
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.asked == signal.SIGTERM
+
+
+def test_a_second_signal_ends_the_process(stop, monkeypatch):
+    codes = []
+    monkeypatch.setattr(stopping.os, "_exit", codes.append)
+    monkeypatch.setattr(stopping, "PASSED_ON", 0)
+    with stop.patient():
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+    assert codes == [130]
+
+
+def test_the_same_ctrl_c_passed_on_by_torchrun_is_no_second_one(stop, monkeypatch):
+    monkeypatch.setattr(stopping.os, "_exit", lambda code: pytest.fail("ended"))
+    monkeypatch.setattr(stopping, "PASSED_ON", 60)
+    with stop.patient():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+    assert stop.asked == signal.SIGINT
+
+
+def test_what_takes_too_long_after_a_signal_is_given_up(stop, monkeypatch):
+    monkeypatch.setattr(stopping, "GRACE", 0.1)
+    with stop.patient(), pytest.raises(StepAbandoned), stop.may_abandon():
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(30)
+
+
+def test_what_may_not_be_abandoned_takes_its_time(stop, monkeypatch):
+    monkeypatch.setattr(stopping, "GRACE", 0.05)
+    with stop.patient():
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(0.3)
+    assert stop
+
+
+def test_signals_are_as_before_afterwards():
+    before = [signal.getsignal(number) for number in stopping.SIGNALS]
+    with Stop().watching():
+        assert [signal.getsignal(number) for number in stopping.SIGNALS] != before
+    assert [signal.getsignal(number) for number in stopping.SIGNALS] == before
+
+
+# --------------------------------------------------------------------------------------------------------- peers
+
+
+@pytest.fixture
+def pair(monkeypatch):
+    """Return the two ranks of a run, as each sees the other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    store = torch.distributed.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    monkeypatch.setattr("lora_alpaca.peers.SILENT", 1.5)
+    told = []
+    monkeypatch.setattr("lora_alpaca.peers.os.kill", lambda pid, number: told.append(number))
+    runs, ranks = Peers.runs, []
+    for rank in (0, 1):
+        Peers.runs = runs
+        ranks.append(Peers(rank, 2))
+    ranks[0].told = told
+    yield ranks
+    for rank in ranks:
+        rank.close()
+    del store
+
+
+def test_nobody_is_gone_while_all_give_signs_of_life(pair):
+    assert pair[0].gone() is None
+
+
+def test_a_rank_that_fails_says_why_and_the_others_are_ended(pair):
+    pair[1].say("rows.json:7: no output")
+    assert pair[0].blame("Connection closed by peer") == (1, "rows.json:7: no output")
+    until = time.monotonic() + 10
+    while not pair[0].told and time.monotonic() < until:
+        time.sleep(0.05)
+    assert pair[0].told == [signal.SIGTERM]
+
+
+def test_a_rank_without_signs_of_life_is_gone(pair):
+    pair[1].close()
+    time.sleep(0.6)
+    rank, cause = pair[0].blame("Connection closed by peer")
+    assert rank == 1
+    assert cause.startswith("it is gone without a word")
+
+
+def test_a_rank_that_lives_and_does_not_come_hangs(pair):
+    pair[0].calls = 3
+    assert pair[0].blame("Timed out")[1].startswith("it hangs: the others waited for it")
+
+
+def test_a_rank_that_a_signal_stopped_has_not_failed(pair):
+    pair[1].say(f"{STOPPED}SIGTERM")
+    assert pair[0].failed() is None
+    assert pair[0].gone() is None
+    assert pair[0].blame("Connection closed") == (1, "stopped by SIGTERM")
