@@ -33,8 +33,8 @@ def draw() -> None:
 def _legend() -> list[str]:
     body, x = [], LEFT
     for name, line in reversed(LINES.items()):
-        body += [_line([(x, 26), (x + 30, 26)], line), _text(x + 38, 30, f"{NAMES[name]}, a line a seed")]
-        x += 240
+        body += [_line([(x, 26), (x + 30, 26)], line), _text(x + 38, 30, NAMES[name])]
+        x += 110
     return body
 
 
