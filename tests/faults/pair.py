@@ -1,4 +1,4 @@
-"""One of two ranks that try cases of resuming exactly: torchrun --nproc_per_node=2 pair.py FOLDER (see exactness.py)."""
+"""One of two ranks that try cases of resuming exactly: torchrun --nproc_per_node=2 pair.py FOLDER (exactness.py)."""
 
 import json
 import os
