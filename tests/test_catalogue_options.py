@@ -207,6 +207,7 @@ def test_target_modules_that_are_not_there(names, said, tiny_llama, data_path):
         ("['q_proj','v_proj']", ["q_proj", "v_proj"]),
         ("all-linear", ["all-linear"]),
     ],
+    ids=["plain", "in brackets", "quoted", "all"],
 )
 def test_a_list_is_read_as_one(number, typed, meant):
     assert parse(FinetuneConfig, ["--lora_target_modules", typed]).lora_target_modules == meant
