@@ -39,7 +39,7 @@ def step(
                 examples = sorted(examples, key=lambda example: len(example.input_ids))
             arguments = TrainingArguments(**options, **size, remove_unused_columns=False)
             data = [vars_of(example) for example in examples]
-            trainer = _InOrder(model, arguments, _padded, data, callbacks=[clock])
+            trainer = _InOrder(model, arguments, padded, data, callbacks=[clock])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     model.load_state_dict(before, strict=False)
@@ -68,7 +68,7 @@ class _Clock(TrainerCallback):
         self.seconds = time.process_time() - self.begun
 
 
-def _padded(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+def padded(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     """Return rows padded on the left to a multiple of 8, as alpaca-lora's collator does."""
     longest = -(-max(len(row["input_ids"]) for row in rows) // 8) * 8
 

@@ -79,18 +79,35 @@ def reliability(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def convergence(figures: dict[str, Any]) -> str:
+    """Return the final losses of every run, and how far the means are apart."""
+    lines, seeds = [], list(next(iter(figures["tasks"].values()))["runs"]["ours"])
+    lines.append("| final validation loss | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean | range |")
+    lines.append("|---" * (len(seeds) + 3) + "|")
+    said = []
+    for task, found in figures["tasks"].items():
+        for name, by in (("ours", "ours"), ("recipe", "alpaca-lora recipe")):
+            losses = [*found["final"][name], found["mean"][name], found["range"][name]]
+            lines.append(f"| {task}, {by} | " + " | ".join(f"{loss:.5f}" for loss in losses) + " |")
+        verdict = "no more than" if found["agree"] else "more than"
+        smaller = min(found["range"].values())
+        said.append(
+            f"On {task} rows the means differ by {found['difference']:.5f}, {verdict} the range, {smaller:.5f}."
+        )
+    return "\n".join([*lines, "", *said])
+
+
+FORMS = {"convergence": convergence, "reliability_stress": reliability, "reliability_stress_long": reliability}
+
+
 def main() -> None:
     """Put every table between its marks."""
     for path in PAGES:
         page = path.read_text()
         for name in re.findall(r"<!-- (\w+) -->", page):
-            text = (reliability if name.startswith("reliability") else table)(newest(name))
-            page = re.sub(
-                rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)",
-                lambda found, text=text: f"{found[1]}{text}\n{found[2]}",
-                page,
-                flags=re.S,
-            )
+            text = FORMS.get(name, table)(newest(name))
+            pattern = rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)"
+            page = re.sub(pattern, lambda found, text=text: f"{found[1]}{text}\n{found[2]}", page, flags=re.S)
         path.write_text(page)
 
 

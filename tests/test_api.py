@@ -60,6 +60,7 @@ def test_the_flags_of_the_scripts(script, run_script, tmp_path):
     assert sorted(re.findall(r"^  --(\w+) ", helped, re.MULTILINE)) == sorted(FLAGS[script].split())
 
 
-def test_the_flags_of_show():
-    helped = run("show", "--help").out
-    assert sorted(re.findall(r"^  --(\w+) ", helped, re.MULTILINE)) == sorted(SHOW.split())
+@pytest.mark.parametrize(("verb", "flags"), [("show", SHOW), ("convert_adapter", "old new")])
+def test_the_flags_of_the_other_commands(verb, flags):
+    helped = run(verb, "--help").out
+    assert sorted(re.findall(r"^  --(\w+) ", helped, re.MULTILINE)) == sorted(flags.split())
