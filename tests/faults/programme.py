@@ -32,16 +32,16 @@ from .report import Report, chosen
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHARES = {  # of each part's cases, in a `stress` of at most half an hour on two cores
-    "crash_points": 0.2,
-    "power_loss": 0.2,
-    "disk": 0.5,
-    "nonfinite": 1.0,
-    "changed_settings": 0.5,
-    "memory_faults": 0.5,
-    "exactness": 0.25,
-    "signals": 0.3,
-    "baseline": 0.5,
-    "rank_faults": 0.4,
+    "crash_points": 0.1,
+    "power_loss": 0.1,
+    "disk": 0.25,
+    "nonfinite": 0.5,
+    "changed_settings": 0.25,
+    "memory_faults": 0.25,
+    "exactness": 0.15,
+    "signals": 0.15,
+    "baseline": 0.25,
+    "rank_faults": 0.25,
     "cost": 1.0,
 }
 ALONE = ("rank_faults", "cost")  # they take times
