@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -18,13 +19,16 @@ STOPPED = "stopped by "  # how the cause of a rank that a signal ended begins
 
 
 class Peers:
-    """The ranks of a run as this one sees them. `calls` counts the collective calls that it has begun."""
+    """The ranks of a run as this one sees them. `calls` counts the collective calls that it has begun.
+
+    When one of them fails, `in_vain` is called and this process gets a SIGTERM.
+    """
 
     runs = 0  # of this process: what is told in one is not for the next
 
-    def __init__(self, rank: int, world_size: int):
+    def __init__(self, rank: int, world_size: int, in_vain: Callable[[], None] = lambda: None):
         self.rank, self.others = rank, [other for other in range(world_size) if other != rank]
-        self.calls = 0
+        self.calls, self._in_vain = 0, in_vain
         Peers.runs += 1
         self._run = f"lora_alpaca/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{Peers.runs}"
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -81,7 +85,8 @@ class Peers:
             number += 1
             self._set("alive", f"{number} {self.calls}")
             if self.failed():
-                os.kill(os.getpid(), signal.SIGTERM)  # what this rank is doing is in vain
+                self._in_vain()
+                os.kill(os.getpid(), signal.SIGTERM)
                 return
 
     def _set(self, key: str, value: str) -> None:

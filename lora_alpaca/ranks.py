@@ -38,7 +38,7 @@ class Ranks:
         self.world_size: int = processes.num_processes
         self.first = self.rank == 0
         self._seed = 0
-        self._peers = Peers(self.rank, self.world_size) if self.world_size > 1 else None
+        self._peers = Peers(self.rank, self.world_size, self.stop.hurry) if self.world_size > 1 else None
         self.reporter = Reporter(quiet=not self.first)
         self.placement, said = models.place(config, processes.device, default_bits=8)
         tracker, trouble = usable_tracker("wandb" if config.wandb_project else config.report_to)
@@ -86,6 +86,8 @@ class Ranks:
             if found := self._peers.gone():
                 self._peers.close()
                 return RankError(*found, str(error))
+        elif isinstance(error, SystemExit):
+            self._peers.say(f"it left in the middle of the run, with exit code {error.code}")
         elif error is not None:
             self._peers.say((str(error) or type(error).__name__).splitlines()[0])
         self._peers.close()

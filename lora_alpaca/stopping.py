@@ -40,6 +40,7 @@ class Stop:
         self.asked, self._since = 0, 0.0
         self._patient = False
         self._may_abandon = False
+        self._grace: float | None = None  # GRACE, unless told otherwise
 
     def __bool__(self) -> bool:
         return bool(self.asked)
@@ -76,6 +77,10 @@ class Stop:
         finally:
             self._may_abandon = False
 
+    def hurry(self) -> None:
+        """Let the next signal give up at once what may be abandoned: it is in vain."""
+        self._grace = 0.1
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.asked and time.monotonic() - self._since > PASSED_ON:  # at once: what is on the disk is always whole
             os._exit(128 + number)
@@ -84,7 +89,7 @@ class Stop:
         self.asked, self._since = number, time.monotonic()
         if not self._patient:
             raise Interrupted(number)
-        self._set_alarm(GRACE)
+        self._set_alarm(GRACE if self._grace is None else self._grace)
 
     def _set_alarm(self, seconds: float) -> None:
         if hasattr(signal, "setitimer"):

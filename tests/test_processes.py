@@ -154,6 +154,13 @@ def test_what_takes_too_long_after_a_signal_is_given_up(stop, monkeypatch):
         time.sleep(30)
 
 
+def test_what_is_in_vain_is_given_up_at_once(stop):
+    stop.hurry()
+    with stop.patient(), pytest.raises(StepAbandoned), stop.may_abandon():
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(5)
+
+
 def test_what_may_not_be_abandoned_takes_its_time(stop, monkeypatch):
     monkeypatch.setattr(stopping, "GRACE", 0.05)
     with stop.patient():

@@ -28,7 +28,7 @@ FAULTS = [  # what happens, the rank to which it does, and what is said of it
     ("kill", 1, rf"error: rank 0: rank 1 failed: {re.escape(GONE)}"),
     ("raise", 1, r"error: rank 0: rank 1 failed: the sky fell"),
     ("raise", 0, r"error: rank 1: rank 0 failed: the sky fell"),
-    ("exit", 1, rf"error: rank 0: rank 1 failed: {re.escape(GONE)}"),
+    ("exit", 1, r"error: rank 0: rank 1 failed: it left in the middle of the run, with exit code 0"),
     ("_exit", 0, rf"error: rank 1: rank 0 failed: {re.escape(GONE)}"),
     ("hang", 1, rf"error: rank 0: rank 1 failed: {re.escape(HANGS)}"),
     ("data", 1, r"error: rank (1: rows.json:7: Alpaca|0: rank 1 failed: rows.json:7: Alpaca)"),
