@@ -16,6 +16,7 @@ import torch
 BEAT = 0.5  # seconds between two signs of life
 SILENT = 3.0  # seconds without one after which a rank is taken for dead
 STOPPED = "stopped by "  # how the cause of a rank that a signal ended begins
+ANOTHER = f"{STOPPED}the failure of rank "  # of a rank that another one ended
 
 
 class Peers:
@@ -84,7 +85,7 @@ class Peers:
         while not self._over.wait(BEAT):
             number += 1
             self._set("alive", f"{number} {self.calls}")
-            if self.failed():
+            if self.failed() or any(cause.startswith(ANOTHER) for cause in self._causes().values()):
                 self._in_vain()
                 os.kill(os.getpid(), signal.SIGTERM)
                 return

@@ -19,7 +19,7 @@ from accelerate.state import AcceleratorState, GradientState
 from lora_alpaca import models
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.errors import RankError
-from lora_alpaca.peers import STOPPED, Peers
+from lora_alpaca.peers import ANOTHER, STOPPED, Peers
 from lora_alpaca.reports import Reporter, usable_tracker
 from lora_alpaca.stopping import Interrupted, Stop
 
@@ -78,6 +78,7 @@ class Ranks:
         if self._peers is None:
             return None
         if isinstance(error, RankError):
+            self._peers.say(f"{ANOTHER}{error.rank}")
             self._peers.close()
             together = self.stop and error.cause.startswith(STOPPED)
             return Interrupted(self.stop.asked, error.saved) if together else None

@@ -20,7 +20,7 @@ from faults.signals import judge_end, judge_resumed, too_long, twice
 
 from lora_alpaca import FinetuneConfig, stopping
 from lora_alpaca.errors import RankError
-from lora_alpaca.peers import STOPPED, Peers
+from lora_alpaca.peers import ANOTHER, STOPPED, Peers
 from lora_alpaca.ranks import Ranks
 from lora_alpaca.stopping import Interrupted, StepAbandoned, Stop
 
@@ -192,7 +192,7 @@ def test_a_rank_whose_peers_the_same_signal_stopped_is_stopped_too(tmp_path, ask
     stop = Stop()
     stop.asked = asked
     with pytest.raises(raised, match="step 3 of 9 is saved"), Ranks(FinetuneConfig(device="cpu"), stop) as ranks:
-        ranks._peers = SimpleNamespace(close=lambda: None)
+        ranks._peers = SimpleNamespace(close=lambda: None, say=lambda cause: None)
         raise RankError(1, f"{STOPPED}SIGTERM", "step 3 of 9 is saved")
 
 
@@ -233,6 +233,16 @@ def test_a_rank_that_fails_says_why_and_the_others_are_ended(pair):
     while not pair[0].told and time.monotonic() < until:
         time.sleep(0.05)
     assert pair[0].told == [signal.SIGTERM]
+
+
+def test_what_is_done_in_vain_for_a_rank_that_gave_up_is_ended(pair):
+    """One that hangs is told so by those who no longer wait for it."""
+    pair[1].say(f"{ANOTHER}0")
+    until = time.monotonic() + 10
+    while not pair[0].told and time.monotonic() < until:
+        time.sleep(0.05)
+    assert pair[0].told == [signal.SIGTERM]
+    assert pair[0].failed() is None
 
 
 def test_a_rank_without_signs_of_life_is_gone(pair):
