@@ -10,10 +10,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test stress exact bench check format wheel clean
+.PHONY: help demo test stress stress-long exact bench check format wheel clean
 
 help:  ## say what can be made
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(STAMP)  ## finetune the tiny model of the package, and show what it learned
 	$(BIN)/python -m lora_alpaca.demo
@@ -21,8 +21,13 @@ demo: $(STAMP)  ## finetune the tiny model of the package, and show what it lear
 test: check  ## check the code and run every test
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
-stress: $(STAMP)  ## the long form of the tests that draw their cases at random
+stress: $(STAMP)  ## the tests that draw cases at random, in their long form, and a share of all faults: half an hour
 	STRESS=1 $(BIN)/python -m pytest --numprocesses=auto tests/test_properties.py tests/test_fuzz.py
+	$(BIN)/python tests/faults stress
+
+stress-long: $(STAMP)  ## the same with a thousand kills and all faults; goes on where it was stopped
+	STRESS=1 $(BIN)/python -m pytest --numprocesses=auto tests/test_properties.py tests/test_fuzz.py
+	$(BIN)/python tests/faults stress-long
 
 exact: $(STAMP)  ## compare the gradients of packs with plain transformers, in every combination
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) tests/exact.py

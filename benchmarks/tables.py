@@ -1,4 +1,4 @@
-"""Write the tables of docs/benchmarks.md from the newest results: python benchmarks/tables.py"""
+"""Write the tables of docs/ from the newest results: python benchmarks/tables.py"""
 
 import json
 import re
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "benchmarks.md"
+PAGES = [ROOT / "docs" / name for name in ("benchmarks.md", "reliability.md")]
 
 
 def newest(name: str) -> dict[str, Any]:
@@ -48,6 +48,37 @@ def table(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def reliability(figures: dict[str, Any]) -> str:
+    """Return the tables of one run of the programme of faults."""
+    machine, counts = figures["machine"], figures["counts"]
+    lines = [f"{machine['cpu']}, {machine['cores']} cores, {figures['date']}.", ""]
+    lines += ["| part | tried | not as promised | minutes |", "|---|---|---|---|"]
+    for name, part in figures["parts"].items():
+        tried = ", ".join(f"{number} {what.replace('_', ' ')}" for what, number in part["counts"].items() if number)
+        lines.append(f"| {name.replace('_', ' ')} | {tried} | {part['failures']} | {part['seconds'] / 60:.1f} |")
+    for kind in ("kills", "signals"):
+        moments = figures[f"moments of {kind}"]
+        lines += ["", f"| {kind} in | " + " | ".join(moments) + " |", "|---|" + "---|" * len(moments)]
+        lines += ["| | " + " | ".join(map(str, moments.values())) + " |"]
+    lines += ["", "| killed at random, saving after every step | kills | cannot be resumed | another result |"]
+    lines += ["|---|---|---|---|"]
+    for name, found in figures["figures"]["baseline"].items():
+        lines.append(f"| {name} | {found['kills']} | {found['unresumable']} | {found['different']} |")
+    large, run = figures["figures"]["cost"].values()
+    lines += [
+        "",
+        f"Of all {counts['kills']} kills, {counts.get('unresumable', 0)} left a run that could not be resumed and "
+        f"{counts.get('different', 0)} one that ended differently. {len(figures['catalogue'])} entries of the "
+        f"catalogue of bad inputs were tried, in {counts['bad_inputs']} cases: {counts['tracebacks']} tracebacks, "
+        f"{counts['silent']} accepted in silence.",
+        "",
+        f"A checkpoint of a 7B model's adapter ({large['megabytes']} MB with moments and best adapter) took "
+        f"{large['seconds']} s, {large['seconds of the processor']} s of them the processor's. On the demo base, "
+        f"{run['steps']} steps with a checkpoint every tenth took {run['slower by']:+.1%} in time.",
+    ]
+    return "\n".join(lines)
+
+
 def convergence(figures: dict[str, Any]) -> str:
     """Return the final losses of every run, and how far the means are apart."""
     lines, seeds = [], list(next(iter(figures["tasks"].values()))["runs"]["ours"])
@@ -66,16 +97,18 @@ def convergence(figures: dict[str, Any]) -> str:
     return "\n".join([*lines, "", *said])
 
 
+FORMS = {"convergence": convergence, "reliability_stress": reliability, "reliability_stress_long": reliability}
+
+
 def main() -> None:
     """Put every table between its marks."""
-    page = PAGE.read_text()
-    for name in re.findall(r"<!-- (\w+) -->", page):
-        form = convergence if name == "convergence" else table
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)"
-        page = re.sub(
-            pattern, lambda found, name=name, form=form: f"{found[1]}{form(newest(name))}\n{found[2]}", page, flags=re.S
-        )
-    PAGE.write_text(page)
+    for path in PAGES:
+        page = path.read_text()
+        for name in re.findall(r"<!-- (\w+) -->", page):
+            text = FORMS.get(name, table)(newest(name))
+            pattern = rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)"
+            page = re.sub(pattern, lambda found, text=text: f"{found[1]}{text}\n{found[2]}", page, flags=re.S)
+        path.write_text(page)
 
 
 if __name__ == "__main__":

@@ -88,8 +88,10 @@ class Stop:
 
     def _set_alarm(self, seconds: float) -> None:
         if hasattr(signal, "setitimer"):
-            signal.signal(signal.SIGALRM, self._on_alarm if seconds else signal.SIG_DFL)
+            signal.signal(signal.SIGALRM, self._on_alarm)
             signal.setitimer(signal.ITIMER_REAL, seconds, 0.1 if seconds else 0)
+            if not seconds:  # after the timer: an alarm that nobody expects would end the process
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
     def _on_alarm(self, *_: Any) -> None:
         if self._may_abandon:

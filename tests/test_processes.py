@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,8 +18,10 @@ from faults.running import forked, typed
 from faults.scene import Scene
 from faults.signals import judge_end, judge_resumed, too_long, twice
 
-from lora_alpaca import stopping
+from lora_alpaca import FinetuneConfig, stopping
+from lora_alpaca.errors import RankError
 from lora_alpaca.peers import STOPPED, Peers
+from lora_alpaca.ranks import Ranks
 from lora_alpaca.stopping import Interrupted, StepAbandoned, Stop
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are copies of this process")
@@ -164,6 +167,26 @@ def test_signals_are_as_before_afterwards():
     with Stop().watching():
         assert [signal.getsignal(number) for number in stopping.SIGNALS] != before
     assert [signal.getsignal(number) for number in stopping.SIGNALS] == before
+
+
+# --------------------------------------------------------------------------------------------------------- ranks
+
+
+def test_ranks_look_at_the_stop_they_are_given(tmp_path):
+    """One that nothing has asked yet is false."""
+    stop = Stop()
+    with Ranks(FinetuneConfig(device="cpu", output_dir=str(tmp_path)), stop) as ranks:
+        assert ranks.stop is stop
+
+
+@pytest.mark.parametrize(("asked", "raised"), [(signal.SIGTERM, Interrupted), (0, RankError)])
+def test_a_rank_whose_peers_the_same_signal_stopped_is_stopped_too(tmp_path, asked, raised):
+    """They left a moment before; without a signal of its own, the others are what ended it."""
+    stop = Stop()
+    stop.asked = asked
+    with pytest.raises(raised, match="step 3 of 9 is saved"), Ranks(FinetuneConfig(device="cpu"), stop) as ranks:
+        ranks._peers = SimpleNamespace(close=lambda: None)
+        raise RankError(1, f"{STOPPED}SIGTERM", "step 3 of 9 is saved")
 
 
 # --------------------------------------------------------------------------------------------------------- peers

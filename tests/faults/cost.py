@@ -15,11 +15,9 @@ from .running import forked
 from .scene import Scene
 
 LAYERS, WIDTH, RANK = 32, 4096, 8  # of a 7B model with an adapter on q and v
-ROUNDS = 5
-RUN = {
-    "base_model": "demo", "data_path": "demo", "prompt_template_name": "alpaca", "batch_size": 16, "max_steps": 40,
-    "eval_steps": 100, "val_set_size": 0, "learning_rate": 1e-3, "save_total_limit": 2, "logging_steps": 40,
-}  # fmt: skip
+ROUNDS = 3
+RUN = {"base_model": "demo", "data_path": "demo", "prompt_template_name": "alpaca", "batch_size": 8, "max_steps": 30,
+       "val_set_size": 0, "learning_rate": 1e-3, "save_total_limit": 2, "logging_steps": 30}  # fmt: skip
 EVERY = 10  # steps between two checkpoints
 
 

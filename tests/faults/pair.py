@@ -1,18 +1,15 @@
-"""One of two ranks that try cases of resuming exactly: torchrun --nproc_per_node=2 pair.py FOLDER (exactness.py)."""
+"""One of two ranks that try cases of exactness.py: torchrun --nproc_per_node=2 pair.py FOLDER"""
 
 import json
-import os
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    launched = dict(os.environ)
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
     from accelerate import PartialState
 
-    from faults import exactness, scene  # of which conftest takes the launcher's variables away
+    from faults import exactness, scene
 
-    os.environ |= launched
     exactness.torch.set_num_threads(1)
     PartialState.destroy_process_group = lambda *_: None  # gloo cannot meet a second time over one launcher's store
     where = scene.Scene(Path(sys.argv[1]), dict(exactness.OPTIONS))

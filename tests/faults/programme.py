@@ -6,11 +6,13 @@ benchmarks/results, and the last line is one JSON object of counts.
 """
 
 import argparse
+import hashlib
 import importlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,6 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
+
+import psutil
 
 from . import kills
 from .report import Report, chosen
@@ -61,6 +65,7 @@ class Job:
         self.pid = os.fork()
         if self.pid:
             return
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         folder = Path(tempfile.mkdtemp(prefix=f"lora-alpaca-{self.name}-"))
         try:
             try:
@@ -84,7 +89,7 @@ def main(words: list[str]) -> None:
     parser.add_argument("--only", nargs="*", help="names of parts; the figures are printed and not kept")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
     said = parser.parse_args(words)
-    state = said.state or Path(tempfile.gettempdir()) / f"lora-alpaca-{said.size}"
+    state = said.state or Path(tempfile.gettempdir()) / f"lora-alpaca-{said.size}-{code()}"
     state.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
     jobs = [job for job in planned(said.size) if not said.only or job.name.partition(" ")[0] in said.only]
@@ -101,6 +106,12 @@ def main(words: list[str]) -> None:
         print(f"FAILED {failure}")
     print(json.dumps(counted(figures)))
     sys.exit(bool(figures["failures"]))
+
+
+def code() -> str:
+    """Return what tells the code that is tried from that of another time."""
+    files = sorted([*(ROOT / "lora_alpaca").rglob("*.py"), *(ROOT / "tests").rglob("*.py")])
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
 def planned(size: str) -> list[Job]:
@@ -129,68 +140,106 @@ def run(jobs: list[Job], at_once: int, state: Path) -> None:
             print(f"{job.name}: done before", flush=True)
     working: list[Job] = []
     done, all_ = 0, len(waiting)
-    while waiting or working:
-        while waiting and len(working) < at_once:
-            working.append(waiting.pop(0))
-            working[-1].begin(state)
-        pid, _ = os.waitpid(-1, 0)
-        for job in [job for job in working if job.pid == pid]:
-            working.remove(job)
-            done += 1
-            path = state / f"{job.name}.json"
-            if not path.exists():
-                path.write_text(json.dumps(asdict(Report(failures=[f"{job.name} died"])) | {"seconds": 0}))
-            report = json.loads(path.read_text())
-            bad = f", {len(report['failures'])} FAILED" if report["failures"] else ""
-            counts = ", ".join(f"{number} {name}" for name, number in report["counts"].items() if ":" not in name)
-            print(f"[{done}/{all_}] {job.name}: {counts}{bad}, {report['seconds']} s", flush=True)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        while waiting or working:
+            while waiting and len(working) < at_once:
+                working.append(waiting.pop(0))
+                working[-1].begin(state)
+            pid, _ = os.waitpid(-1, 0)
+            for job in [job for job in working if job.pid == pid]:
+                working.remove(job)
+                done += 1
+                print(f"[{done}/{all_}] {told(job, state / f'{job.name}.json')}", flush=True)
+    finally:
+        for job in working:
+            for process in [*psutil.Process(job.pid).children(recursive=True), psutil.Process(job.pid)]:
+                process.kill()
+
+
+def told(job: Job, path: Path) -> str:
+    """Return what a job that has ended found, in a line; one that left no report has failed."""
+    if not path.exists():
+        path.write_text(json.dumps(asdict(Report(failures=[f"{job.name} died"])) | {"seconds": 0}))
+    report = json.loads(path.read_text())
+    bad = f", {len(report['failures'])} FAILED" if report["failures"] else ""
+    counts = ", ".join(f"{number} {name}" for name, number in report["counts"].items() if ":" not in name)
+    return f"{job.name}: {counts}{bad}, {report['seconds']} s"
 
 
 def catalogue(folder: Path) -> Report:
-    """Run the tests of the catalogue of bad inputs, whose ids begin with an entry, and count what they found."""
-    tests = sorted((ROOT / "tests").glob("test_catalogue*.py"))
+    """Run the tests of the catalogue of bad inputs, whose ids begin with an entry, and count what they found.
+
+    Entries about runs that have begun have their tests in other files, which are run whole.
+    """
+    elsewhere = importlib.import_module("test_catalogue_options").ELSEWHERE
+    tests = {str(path) for path in (ROOT / "tests").glob("test_catalogue*.py")}
+    others = {path: numbers for names, numbers in elsewhere.items() for path in re.findall(r"tests/\w+\.py", names)}
+    here = {path: numbers for path, numbers in others.items() if (ROOT / path).exists()}
     found = folder / "found.xml"
     command = [sys.executable, "-m", "pytest", "-q", "--numprocesses=2", "--dist=loadfile", f"--junit-xml={found}"]
-    done = subprocess.run([*command, *map(str, tests)], cwd=ROOT, capture_output=True, text=True, timeout=3600)
+    done = subprocess.run(
+        [*command, *sorted(tests), *sorted(here)], cwd=ROOT, capture_output=True, text=True, timeout=3600
+    )
     report = Report()
     if not found.exists():
         return Report(failures=[f"the catalogue was not tried: {done.stdout[-500:]}"])
+    for number in {number for numbers in here.values() for number in numbers}:
+        report.count(f"entry: {number}")
     for case in ElementTree.parse(found).iter("testcase"):
-        entry = re.search(r"\[(?:[^\]]*-)?([A-F]\d+)", case.get("name", ""))
         said = " ".join(f"{child.get('message')} {child.text}" for child in case if child.tag in ("failure", "error"))
-        if entry is None:
-            continue
-        report.count("bad_inputs")
-        report.count(f"entry: {entry[1]}")
-        report.count("tracebacks", "Traceback" in said)
-        report.count("silent", bool(said) and "Traceback" not in said)
         report.expect(not said, f"{case.get('name')}: {said[:300]}")
+        if entry := re.search(r"\[(?:[^\]]*-)?([A-F]\d+)", case.get("name", "")):
+            report.count("bad_inputs")
+            report.count(f"entry: {entry[1]}")
+            report.count("tracebacks", "Traceback" in said)
+            report.count("silent", bool(said) and "Traceback" not in said)
     return report
 
 
 # --------------------------------------------------------------------------------------------------------- figures
 
+ENTRIES = {  # of the catalogue, that parts of the programme try
+    "kills": ("E101", "E106"),
+    "signals": ("E98", "E99", "E100", "E103", "E104"),
+    "power_loss": ("E102",),
+    "rank_faults": ("E105",),
+}
+
 
 def summary(reports: dict[str, dict[str, Any]], size: str) -> dict[str, Any]:
-    """Return the reports as one: counts added up, the moments of kills, seconds of each part, and all failures."""
-    counts: dict[str, int] = {}
-    for report in reports.values():
-        for name, number in report["counts"].items():
-            counts[name] = counts.get(name, 0) + number
-    seconds: dict[str, int] = {}
+    """Return the reports as one: what each part counted, the moments of kills, seconds, and all failures."""
+    parts: dict[str, dict[str, Any]] = {}
     for name, report in reports.items():
-        part = name.partition(" ")[0]
-        seconds[part] = seconds.get(part, 0) + report["seconds"]
+        part = parts.setdefault(name.partition(" ")[0], {"counts": {}, "failures": 0, "seconds": 0})
+        add(part["counts"], report["counts"])
+        part["failures"] += len(report["failures"])
+        part["seconds"] += report["seconds"]
+    counts: dict[str, int] = {}
+    for name, part in parts.items():
+        add(counts, part["counts"] | {f"entry: {entry}": 1 for entry in ENTRIES.get(name, ())})
+        part["counts"] = plain(part["counts"])
     return {
         "size": size,
-        "counts": {name: number for name, number in counts.items() if ":" not in name},
+        "counts": plain(counts),
         "moments of kills": of_kind(counts, "killed in"),
-        "signals": of_kind(counts, "signals in"),
+        "moments of signals": of_kind(counts, "signals in"),
         "catalogue": of_kind(counts, "entry"),
+        "parts": parts,
         "figures": {name: report["figures"] for name, report in reports.items() if report["figures"]},
-        "seconds": seconds,
         "failures": [f"{name}: {failure}" for name, report in reports.items() for failure in report["failures"]],
     }
+
+
+def add(counts: dict[str, int], more: dict[str, int]) -> None:
+    """Add counts to counts."""
+    for name, number in more.items():
+        counts[name] = counts.get(name, 0) + number
+
+
+def plain(counts: dict[str, int]) -> dict[str, int]:
+    """Return the counts that are not of some kind."""
+    return {name: number for name, number in counts.items() if ": " not in name}
 
 
 def of_kind(counts: dict[str, int], kind: str) -> dict[str, int]:

@@ -47,6 +47,7 @@ def programme(share: float, folder: Path) -> Report:
         judge_resumed(report, case, by_ranks if begin is torchrun else reference, resumed)
     twice(report, scene, reference)
     too_long(report, scene, reference)
+    paused(report, scene, reference)
     return report
 
 
@@ -134,3 +135,14 @@ def too_long(report: Report, scene: Scene, reference: Path) -> None:
         judge_end(report, case, running, ended, sent, 1)
         report.expect("step 5 of 8 is saved" in ended.said, f"{case}: it said {ended.last()}")
         judge_resumed(report, case, reference, forked(scene, running.out, resume=True))
+
+
+def paused(report: Report, scene: Scene, reference: Path) -> None:
+    """A run that is stopped and continued (SIGSTOP, SIGCONT) goes on as if nothing had been."""
+    running = forked(scene, scene.fresh("stopped"))
+    running.waits_for(lambda running: "step 2/" in running.said())
+    running.send(signal.SIGSTOP)
+    time.sleep(1)
+    running.send(signal.SIGCONT)
+    report.count("signals", 2)
+    judge_resumed(report, "SIGSTOP, then SIGCONT", reference, running)
