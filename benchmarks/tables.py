@@ -27,7 +27,7 @@ def table(figures: dict[str, Any]) -> str:
     options, machine = figures["options"], figures["machine"]
     threads = f"{options['threads']} thread" + "s" * (options["threads"] > 1)
     lines = [
-        f"{machine['gpu'] or machine['cpu']}, {threads}, {options['compute']}; width {options['width']}, "
+        f"{machine['gpu'] or machine['cpu']}, {threads}, {options["compute"].removeprefix("torch.")}; width {options['width']}, "
         f"{options['layers']} layers, vocabulary {options['vocabulary']}; dropout {options['dropout']}, "
         f"train_on_inputs {options['train_on_inputs']}; medians of {options['rounds']} rounds, {figures['date']}.",
         *ratios(figures["headlines"]),

@@ -17,7 +17,7 @@ from lora_alpaca.engine.loss import Score, score, score_in_place
 Tensors = Callable[..., torch.Tensor]
 Gradients = Callable[..., tuple[torch.Tensor | None, ...]]
 # the compiler builds a test program for every instruction set that the processor has: two thirds of a cold start
-OPTIONS = {"cpp.vec_isa_ok": True}
+OPTIONS: dict[str, Any] = {"cpp.vec_isa_ok": True}
 WIDE = 8192  # columns from which the compiler makes of a sum what it makes for a vocabulary
 
 
