@@ -25,9 +25,10 @@ RATIOS = {
 def table(figures: dict[str, Any]) -> str:
     """Return the training tables of one file: every shape of rows, and how many times faster ours is than a rival."""
     options, machine = figures["options"], figures["machine"]
+    compute = options["compute"].removeprefix("torch.")
     threads = f"{options['threads']} thread" + "s" * (options["threads"] > 1)
     lines = [
-        f"{machine['gpu'] or machine['cpu']}, {threads}, {options["compute"].removeprefix("torch.")}; width {options['width']}, "
+        f"{machine['gpu'] or machine['cpu']}, {threads}, {compute}; width {options['width']}, "
         f"{options['layers']} layers, vocabulary {options['vocabulary']}; dropout {options['dropout']}, "
         f"train_on_inputs {options['train_on_inputs']}; medians of {options['rounds']} rounds, {figures['date']}.",
         *ratios(figures["headlines"]),
