@@ -12,6 +12,11 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from lora_alpaca.examples import IGNORED, Example
 
 
+def clock() -> float:
+    """Return the processor's seconds on one thread, which other work does not change; on more, those on the wall."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 def prepared(model: Any, name: str) -> Any:
     """Return a base model as a rival's users prepare it before PEFT."""
     if name == "alpaca-lora":  # gradient checkpointing, norms and head in fp32
@@ -20,11 +25,16 @@ def prepared(model: Any, name: str) -> Any:
 
 
 def step(
-    name: str, model: Any, examples: list[Example], dtype: torch.dtype, by_length: bool = False
+    name: str,
+    model: Any,
+    examples: list[Example],
+    dtype: torch.dtype,
+    by_length: bool = False,
+    as_shipped: bool = False,
 ) -> tuple[float, float | None]:
     """Return seconds and loss of one step over all examples, the adapter as it was before."""
     before = {key: value.clone() for key, value in model.state_dict().items() if "lora_" in key}
-    clock = _Clock()
+    watch = _Clock()
     with tempfile.TemporaryDirectory() as folder:
         options = {
             "output_dir": folder, "max_steps": 1, "learning_rate": 3e-4, "bf16": dtype == torch.bfloat16,
@@ -32,18 +42,19 @@ def step(
             "disable_tqdm": True, "dataloader_pin_memory": False,
         }  # fmt: skip
         if name == "TRL":
-            trainer = _trl(model, examples, clock, options)
+            options |= {} if as_shipped else {"gradient_checkpointing": False}
+            trainer = _trl(model, examples, watch, options)
         else:
             size = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": len(examples) // 4}
             if by_length:
                 examples = sorted(examples, key=lambda example: len(example.input_ids))
             arguments = TrainingArguments(**options, **size, remove_unused_columns=False)
             data = [vars_of(example) for example in examples]
-            trainer = _InOrder(model, arguments, padded, data, callbacks=[clock])
+            trainer = _InOrder(model, arguments, padded, data, callbacks=[watch])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     model.load_state_dict(before, strict=False)
-    return clock.seconds, next((entry["loss"] for entry in trainer.state.log_history if "loss" in entry), None)
+    return watch.seconds, next((entry["loss"] for entry in trainer.state.log_history if "loss" in entry), None)
 
 
 def vars_of(example: Example) -> dict[str, list[int]]:
@@ -62,10 +73,10 @@ class _Clock(TrainerCallback):
     """Measures training alone, without the making of a trainer."""
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self.begun = time.process_time()
+        self.begun = clock()
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        self.seconds = time.process_time() - self.begun
+        self.seconds = clock() - self.begun
 
 
 def padded(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
@@ -80,8 +91,8 @@ def padded(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": filled("labels", IGNORED)}
 
 
-def _trl(model: Any, examples: list[Example], clock: TrainerCallback, options: dict[str, Any]) -> Any:
-    """Return TRL's SFTTrainer: best-fit packing into rows of 2048 tokens, all in one step, no checkpointing."""
+def _trl(model: Any, examples: list[Example], watch: TrainerCallback, options: dict[str, Any]) -> Any:
+    """Return TRL's SFTTrainer: best-fit packing into rows of 2048 tokens, all in one step."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -91,8 +102,8 @@ def _trl(model: Any, examples: list[Example], clock: TrainerCallback, options: d
     rows = max(1, -(-sum(len(example.input_ids) for example in examples) // 2048))
     arguments = SFTConfig(
         **options, packing=True, packing_strategy="bfd", padding_free=True, max_length=2048,
-        per_device_train_batch_size=1, gradient_accumulation_steps=rows, gradient_checkpointing=False,
+        per_device_train_batch_size=1, gradient_accumulation_steps=rows,
     )  # fmt: skip
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, unk_token="<pad>"))  # asked for, and not used
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-    return SFTTrainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer, callbacks=[clock])
+    return SFTTrainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer, callbacks=[watch])

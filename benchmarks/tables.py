@@ -14,35 +14,39 @@ def newest(name: str) -> dict[str, Any]:
     return json.loads(max((ROOT / "benchmarks" / "results").glob(f"{name}-[0-9]*.json")).read_text())
 
 
+RATIOS = {
+    "vs_alpaca_lora": "8-bit, against the alpaca-lora recipe",
+    "vs_trainer_bf16": "bf16, against Trainer",
+    "vs_trainer_fp32": "fp32, against Trainer",
+    "vs_trl": "unquantised, against TRL packing",
+}
+
+
 def table(figures: dict[str, Any]) -> str:
-    """Return the training table of one file: a part for every shape of rows."""
+    """Return the training tables of one file: every shape of rows, and how many times faster ours is than a rival."""
     options, machine = figures["options"], figures["machine"]
     compute = options["compute"].removeprefix("torch.")
+    threads = f"{options['threads']} thread" + "s" * (options["threads"] > 1)
     lines = [
-        f"{machine['gpu'] or machine['cpu']}, {options['threads']} thread, {compute}; "
-        f"width {options['width']}, {options['layers']} layers, vocabulary {options['vocabulary']}; dropout "
-        f"{options['dropout']}, train_on_inputs {options['train_on_inputs']}; medians of {options['rounds']} rounds, "
-        f"{figures['date']}.",
+        f"{machine['gpu'] or machine['cpu']}, {threads}, {compute}; width {options['width']}, "
+        f"{options['layers']} layers, vocabulary {options['vocabulary']}; dropout {options['dropout']}, "
+        f"train_on_inputs {options['train_on_inputs']}; medians of {options['rounds']} rounds, {figures['date']}.",
+        *ratios(figures["headlines"]),
     ]
     for shape, variants in figures["tables"].items():
-        first = next(iter(variants.values()))["seconds"]
-        memory = any("alone" in found for found in variants.values())
-        lines += [
-            "",
-            f"| {shape} rows | seconds a step | tokens/s | speed | loss | gradient error |" + " peak MB |" * memory,
-        ]
-        lines += ["|---|---|---|---|---|---|" + "---|" * memory]
+        first = next(iter(variants.values()))
+        shipped = any("alone" in found for found in variants.values())
+        heads = [f"{shape} rows", "seconds a step", "tokens/s", "speed", "loss", "gradient error"]
+        heads += ["as shipped: seconds", "speed", "peak MB"] * shipped
+        lines += ["", _line(heads), "|" + "---|" * len(heads)]
         for name, found in variants.items():
-            error = f"{found['gradient_error']:.0e}" if "gradient_error" in found else ""
-            cells = [
-                name,
-                f"{found['seconds']:.2f}",
-                str(found["tokens_per_second"]),
-                f"{first / found['seconds']:.2f}",
-            ]
-            cells += [f"{found['loss']:.3f}" if found["loss"] else "", error]
-            cells += [str(found["alone"]["peak_megabytes"])] if memory else []
-            lines.append("| " + " | ".join(cells) + " |")
+            cells = [name, f"{found['seconds']:.2f}", str(found["tokens_per_second"])]
+            cells += [f"{first['seconds'] / found['seconds']:.2f}", f"{found['loss']:.3f}" if found["loss"] else ""]
+            cells += [f"{found['gradient_error']:.0e}" if "gradient_error" in found else ""]
+            if shipped and (alone := found.get("alone")):
+                speed = first["alone"]["seconds"] / alone["seconds"]
+                cells += [f"{alone['seconds']:.2f}", f"{speed:.2f}", str(alone["peak_megabytes"])]
+            lines.append(_line(cells + [""] * (len(heads) - len(cells))))
         share = variants["ours, unquantised"]["matmul_share"]
         lines += ["", f"The matrix products of a step, timed alone, are {share:.0%} of the step of ours, unquantised."]
     return "\n".join(lines)
@@ -95,6 +99,24 @@ def convergence(figures: dict[str, Any]) -> str:
             f"On {task} rows the means differ by {found['difference']:.5f}, {verdict} the range, {smaller:.5f}."
         )
     return "\n".join([*lines, "", *said])
+
+
+def ratios(headlines: dict[str, Any]) -> list[str]:
+    """Return the lines of a table of ratios: with one allocator setting for all, and each as it is shipped."""
+    columns = {f"{shape} rows": found for shape, found in headlines.items()}
+    columns |= {
+        f"{shape} rows, as shipped": found["as_shipped"] for shape, found in headlines.items() if "as_shipped" in found
+    }
+    lines = ["", _line(["ours, times faster", *columns]), "|" + "---|" * (len(columns) + 1)]
+    for key, what in RATIOS.items():
+        values = [found.get(key) for found in columns.values()]
+        if any(values):
+            lines.append(_line([what, *(f"{value:.2f}" if value else "" for value in values)]))
+    return lines
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 FORMS = {"convergence": convergence, "reliability_stress": reliability, "reliability_stress_long": reliability}

@@ -1,12 +1,14 @@
 """How fast is a training step, against what else there is? python benchmarks/training.py [--quick]
 
-Seconds are those of the processor, with one thread: what else the machine does at the same time costs none.
+Seconds are those of the processor, with one thread: what else the machine does at the same time costs none. On a
+machine with nothing else to do, `--threads N` takes N, and seconds on the wall.
 One optimizer step on the same rows, model and optimizer batch, rivals and ours interleaved in one process with the same
 allocator setting: the alpaca-lora recipe (8-bit, gradient checkpointing, padded micro-batches of 4), the same with like
 lengths together, transformers' Trainer on an unquantised base, TRL's SFTTrainer with packing where it is installed, and
 ours in 8-bit, 4-bit and unquantised, then with each technique switched off in turn. Unquantised is bf16 where the
-machine computes in it natively, else fp32, for all of them. Then every variant once more in a process of its own, as
-it is shipped, for its peak memory.
+machine computes in it natively, else fp32, for all of them. Then each of them once more in a process of its own, as it
+is shipped, with its own allocator settings, and TRL with the gradient checkpointing that is its default: for its
+seconds there, and its peak memory. Gradients are compared in fp32.
 
 Random weights, and rows of random tokens whose lengths and shared preambles are those of Alpaca data. Writes
 benchmarks/results/training-DATE.json; the last line is JSON. Under an hour on 2 cores; --quick is a small model, five
@@ -17,14 +19,12 @@ import argparse
 import gc
 import json
 import random
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ SHAPES = {  # rows: number of them, median and spread of the answers' lengths
     "short": (16, 38, 0.92),  # as in the original Alpaca data: about 120 tokens a row, half of them answer
     "long": (8, 125, 0.75),  # as GPT-4 answers the same instructions: about 230 tokens a row
 }
+PRECISIONS = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # of what is not quantised
 OURS: dict[str, tuple[int, dict[str, Any]]] = {  # bits, settings
     "ours, 8-bit": (8, {}),
     "ours, 4-bit": (4, {}),
@@ -80,18 +81,22 @@ def rows(shape: str, train_on_inputs: bool) -> list[Example]:
     return examples
 
 
+ALONE = ("alpaca-lora recipe, 8-bit", "Trainer, unquantised", "TRL packing, unquantised", *list(OURS)[:3])
+
+
 class Bench:
     """The variants on one model, shape and set of options; every base is loaded once, when it is first needed."""
 
-    def __init__(self, folder: Path, ranks: Ranks, examples: list[Example], dropout: float, compiled: bool):
+    def __init__(self, folder: Path, ranks: Ranks, examples: list[Example], dropout: float, as_shipped: bool = False):
         self.folder, self.ranks, self.examples = folder, ranks, examples
-        self.dropout, self.compiled = dropout, compiled
+        self.dropout, self.as_shipped = dropout, as_shipped
+        self.dtype = ranks.placement.dtype
         self._models: dict[Any, Any] = {}
 
     def model(self, bits: int, name: str = "ours") -> Any:
         """Return the model with its adapter; bits 8, 4 or 16 for the base."""
         if (bits, name) not in self._models:
-            placement = Placement(self.ranks.device, self.ranks.placement.dtype, bits)
+            placement = Placement(self.ranks.device, self.dtype, bits)
             base = locate_base(str(self.folder))
             model = rivals.prepared(load_base(base, placement), name)
             torch.manual_seed(0)
@@ -105,11 +110,14 @@ class Bench:
     def fitted(self, model: Any, **changes: Any) -> Any:
         """Return the context of an engine of ours."""
         options: dict[str, Any] = {
-            "engine": "packed", "device": self.ranks.device, "dtype": self.ranks.placement.dtype,
-            "token_budget": BUDGET, "share_prefix": True, "micro_batch_size": 4, "pad_id": 0,
-            "compiled": self.compiled, "checked": True,
+            "engine": "packed", "device": self.ranks.device, "dtype": self.dtype, "token_budget": BUDGET,
+            "share_prefix": True, "micro_batch_size": 4, "pad_id": 0, "compiled": True, "checked": True,
         }  # fmt: skip
-        return fitted(model, Settings(**options | changes), self.examples, [], self.ranks.autocast)
+        return fitted(model, Settings(**options | changes), self.examples, [], self.precision)
+
+    def precision(self) -> Any:
+        """Return the context of a forward pass."""
+        return nullcontext() if self.dtype == torch.float32 else self.ranks.autocast()
 
     def variants(self) -> dict[str, Callable[[], tuple[float, float | None]]]:
         """Return name -> a function that takes one optimizer step and returns its seconds and its mean loss."""
@@ -126,34 +134,40 @@ class Bench:
         return found | ours
 
     def _rival(self, name: str, bits: int, **options: Any) -> tuple[float, float | None]:
-        return rivals.step(name, self.model(bits, name), self.examples, self.ranks.placement.dtype, **options)
+        model = self.model(bits, name)
+        return rivals.step(name, model, self.examples, self.dtype, as_shipped=self.as_shipped, **options)
 
     def _ours(self, bits: int, changes: dict[str, Any]) -> tuple[float, float | None]:
         with self.fitted(self.model(bits), **changes) as (engine, _):
             learner = Learner(engine, self.ranks, weight_decay=0.0, max_norm=1.0)
             state = adapters.state(engine.model)
-            begun = time.process_time()
+            begun = rivals.clock()
             step = learner.step(self.examples, 3e-4)
-            seconds = time.process_time() - begun
+            seconds = rivals.clock() - begun
             adapters.set_state(engine.model, state, "before")  # every run starts from the same adapter
         return seconds, step.loss
 
+    def in_fp32(self) -> None:
+        """Go on with models that compute in fp32."""
+        self.dtype = torch.float32
+        self._models.clear()
+
     def gradient_error(self, bits: int, changes: dict[str, Any]) -> float:
-        """Return how far loss and gradients are off those of the library's model on each row alone."""
+        """Return how far loss and gradients are off those of the library's model on each row alone, at dropout 0."""
         model, few = self.model(bits), self.examples[:4]
         model.eval()
         alone = Padded(model, self.ranks.device, None, 1, 0)
         with ExitStack() as stack:
             if bits == 8:  # bitsandbytes rounds activations to 8 bits out of training: compare with its exact forward
                 alone = stack.enter_context(self.fitted(model, engine="padded", compiled=False))[0]
-            expected = loss_and_gradient(alone, few, self.ranks.autocast)
+            expected = loss_and_gradient(alone, few, self.precision)
         with self.fitted(model, **changes) as (engine, _):
-            return difference(loss_and_gradient(engine, few, self.ranks.autocast), expected)
+            return difference(loss_and_gradient(engine, few, self.precision), expected)
 
     def matmul_seconds(self) -> float:
         """Return what the matrix products of a step take by themselves, each shape timed alone, for our packs."""
         with self.fitted(self.model(16)) as (engine, _):
-            return _matmul_seconds(engine, self.examples, self.ranks.placement.dtype)
+            return _matmul_seconds(engine, self.examples, self.dtype)
 
 
 def _matmul_seconds(engine: Engine, examples: list[Example], dtype: torch.dtype) -> float:
@@ -180,11 +194,11 @@ def _product_seconds(tokens: int, out: int, width: int, forward_only: bool, dtyp
     weight, x = torch.randn(out, width, dtype=dtype), torch.randn(tokens, width, dtype=dtype)
     by_y, seconds = torch.randn(tokens, out, dtype=dtype), []
     for _ in range(4):
-        begun = time.process_time()
+        begun = rivals.clock()
         torch.mm(x, weight.t())
         if not forward_only:
             torch.mm(by_y, weight)
-        seconds.append(time.process_time() - begun)
+        seconds.append(rivals.clock() - begun)
     return statistics.median(seconds[1:])
 
 
@@ -199,12 +213,13 @@ def save_model(folder: Path, width: int, layers: int) -> None:
 
 
 def table(bench: Bench, rounds: int) -> dict[str, Any]:
-    """Return the figures of every variant: medians over interleaved rounds after one that is not counted."""
+    """Return the figures of every variant: medians over interleaved rounds, after one with few rows not counted."""
     seconds: dict[str, list[float]] = {}
     losses: dict[str, float | None] = {}
     variants = bench.variants()
-    names = list(variants)
+    names, whole = list(variants), bench.examples
     for round_ in range(rounds + 1):
+        bench.examples = whole if round_ else whole[:4]
         shift = round_ * 3 % len(names)
         for name in names[shift:] + names[:shift]:
             gc.collect()
@@ -220,32 +235,47 @@ def table(bench: Bench, rounds: int) -> dict[str, Any]:
             "tokens_per_second": round(tokens / median), "rows_per_second": round(len(bench.examples) / median, 2),
             "loss": losses[name],
         }  # fmt: skip
+    figures["ours, unquantised"]["matmul_share"] = bench.matmul_seconds() / figures["ours, unquantised"]["seconds"]
+    bench.in_fp32()
     for name, (bits, changes) in OURS.items():
         figures[name]["gradient_error"] = bench.gradient_error(bits, changes)
-    figures["ours, unquantised"]["matmul_share"] = bench.matmul_seconds() / figures["ours, unquantised"]["seconds"]
     return figures
 
 
-def headline(figures: dict[str, Any]) -> dict[str, float]:
-    """Return the line that sums a table up."""
+def ratios(seconds: dict[str, float], precision: str) -> dict[str, float | None]:
+    """Return how many times faster ours is than each rival in the same precision."""
 
     def ratio(rival: str, ours: str) -> float | None:
-        return round(figures[rival]["seconds"] / figures[ours]["seconds"], 2) if rival in figures else None
+        return round(seconds[rival] / seconds[ours], 2) if rival in seconds else None
 
     return {
         "vs_alpaca_lora": ratio("alpaca-lora recipe, 8-bit", "ours, 8-bit"),
-        "vs_trainer_unquantised": ratio("Trainer, unquantised", "ours, unquantised"),
+        f"vs_trainer_{precision}": ratio("Trainer, unquantised", "ours, unquantised"),
         "vs_trl": ratio("TRL packing, unquantised", "ours, unquantised"),
+    }
+
+
+def headline(figures: dict[str, Any], precision: str) -> dict[str, Any]:
+    """Return the line that sums a table up."""
+    return {
+        **ratios({name: found["seconds"] for name, found in figures.items()}, precision),
         "roofline_share": round(figures["ours, unquantised"]["matmul_share"], 2),
         "max_gradient_error": max(figures[name]["gradient_error"] for name in OURS),
     }
 
 
-def alone(folder: Path, name: str, shape: str) -> dict[str, float]:
-    """Return seconds and peak memory of a variant in a process of its own, with the allocator it is shipped with."""
+def alone(folder: Path, name: str, shape: str, asked: argparse.Namespace) -> dict[str, float]:
+    """Return seconds and peak memory of a variant in a process of its own, with the settings it is shipped with."""
     command = [sys.executable, __file__, "--alone", name, "--folder", str(folder), "--shape", shape]
+    command += ["--threads", str(asked.threads), *["--upstream"] * asked.upstream]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def peak_megabytes() -> int:
+    """Return the most memory that this process has had at once (that of `getrusage` is its parent's at first)."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) // 1024
 
 
 def main() -> None:
@@ -257,51 +287,52 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--shape", choices=SHAPES, action="append")
     parser.add_argument("--upstream", action="store_true", help="dropout 0.05 and train_on_inputs True")
+    parser.add_argument("--threads", type=int, default=1, help="above 1, seconds are those on the wall")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
-    torch.set_num_threads(1)
+    torch.set_num_threads(asked.threads)
     config = FinetuneConfig(dtype="auto", device="cpu", lora_dropout=0.0)
     dropout = 0.05 if asked.upstream else 0.0
     if asked.quick:
         asked.width, asked.layers, asked.shape, asked.rounds = 512, 8, ["short"], 3
 
     with Ranks(config) as ranks, tempfile.TemporaryDirectory() as temporary:
-        folder = Path(asked.folder or temporary)
+        folder, precision = Path(asked.folder or temporary), PRECISIONS[ranks.placement.dtype]
         if asked.alone:
-            bench = Bench(folder, ranks, rows(asked.shape[0], False), 0.0, compiled=True)
-            variant = bench.variants()[asked.alone]
-            seconds = [variant()[0] for _ in range(3)]
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-            print(json.dumps({"seconds": round(min(seconds[1:]), 3), "peak_megabytes": peak}))
+            examples = rows(asked.shape[0], asked.upstream)
+            variant = Bench(folder, ranks, examples, dropout, as_shipped=True).variants()[asked.alone]
+            seconds = [variant()[0] for _ in range(2)]
+            print(json.dumps({"seconds": round(seconds[1], 3), "peak_megabytes": peak_megabytes()}))
             return
         keep_large_buffers()
         save_model(folder, asked.width, asked.layers)
-        tables = {}
+        options = {
+            "width": asked.width, "layers": asked.layers, "vocabulary": VOCABULARY, "dropout": dropout,
+            "train_on_inputs": asked.upstream, "compute": precision, "rounds": asked.rounds, "threads": asked.threads,
+        }  # fmt: skip
+        kind = "training" + ("_quick" if asked.quick else "") + ("_upstream" if asked.upstream else "")
+        tables, headlines = {}, {}
         for shape in asked.shape or SHAPES:
             examples = rows(shape, asked.upstream)
-            bench = Bench(folder, ranks, examples, dropout, compiled=True)
             print(f"{shape} rows: {len(examples)}, {sum(len(example.input_ids) for example in examples)} tokens")
-            figures = table(bench, asked.rounds)
+            bench = Bench(folder, ranks, examples, dropout)
+            figures = tables[shape] = table(bench, asked.rounds)
+            headlines[shape] = headline(figures, precision)
+            del bench
+            gc.collect()
+            for name in () if asked.quick else filter(figures.__contains__, ALONE):
+                figures[name]["alone"] = alone(folder, name, shape, asked)
+                print(f"    alone    {name:34} {figures[name]['alone']}", flush=True)
             if not asked.quick:
-                for name in bench.variants():
-                    figures[name]["alone"] = alone(folder, name, shape)
-            tables[shape] = figures
+                seconds = {name: figures[name]["alone"]["seconds"] for name in ALONE if name in figures}
+                headlines[shape]["as_shipped"] = ratios(seconds, precision)
+            write(kind, {"options": options, "headlines": headlines, "tables": tables})
         for shape, figures in tables.items():
             for name, found in figures.items():
                 print(f"{shape:6} {name:34} {found['seconds']:8.2f} s {found['tokens_per_second']:7} tokens/s", end="")
                 print(f"  gradients {found['gradient_error']:.0e}" if "gradient_error" in found else "")
-        headlines = {shape: headline(figures) for shape, figures in tables.items()}
-        options = {"width": asked.width, "layers": asked.layers, "vocabulary": VOCABULARY, "dropout": dropout}
-        options |= {
-            "train_on_inputs": asked.upstream,
-            "compute": str(ranks.placement.dtype),
-            "rounds": asked.rounds,
-            "threads": torch.get_num_threads(),
-        }
-        name = "training" + ("_quick" if asked.quick else "") + ("_upstream" if asked.upstream else "")
-        write(name, {"options": options, "headlines": headlines, "tables": tables})
         print(json.dumps(headlines["short"] if asked.quick else headlines))
 
 

@@ -196,6 +196,10 @@ def load_base(base: Base, placement: Placement) -> Any:
         )
     _check_found(base, model, found)
     quantization.correct(model)
+    if placement.bits != 16:  # what was not quantised is a view of the file, and keeps the whole of it in memory
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.clone()
     model.requires_grad_(False)
     return model.eval()
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from engines import CPU, error, fit, make, rows, settings
 
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.engine import parts, pointwise
+from lora_alpaca.engine.frozen import FrozenLinear
 from lora_alpaca.engine.loss import score_in_place
-from lora_alpaca.engine.pointwise import Pointwise
+from lora_alpaca.models import Placement, load_base, locate_base
 from lora_alpaca.planning import Plan, resolve_engine
 
 
@@ -32,9 +34,15 @@ def in_a_process_of_its_own(program, tmp_path, **variables):
 
 
 FIT = """
+    import torch
     from engines import CPU, error, fit, make, rows, settings
     with fit(make("Llama"), settings(compiled=True), rows()) as (engine, said):
         print(engine.score.__name__, *said)
+        for batch in engine.batches(rows()):
+            engine.loss(batch).backward()
+            with torch.no_grad():
+                engine.loss(batch)
+        print(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     print(error(make("Llama"), rows(), settings(compiled=True)))
 """
 
@@ -43,6 +51,7 @@ FIT = """
 def test_compiled_parts_have_the_same_gradients(tmp_path):
     said = in_a_process_of_its_own(FIT, tmp_path)
     assert "score engine: packs of 200 tokens, ready in" in said
+    assert int(said.splitlines()[-2]) == 6  # one for each function, and one for the score of a tiny vocabulary
     name, off = eval(said.splitlines()[-1])
     assert name == "packed"
     assert off < 1e-5
@@ -70,8 +79,7 @@ def test_a_compiler_that_computes_something_else_is_not_used(monkeypatch):
 
 def eager(**changes):
     """Return the functions that would be compiled, as they are."""
-    functions = {"rms_norm": pointwise.rms_norm, "silu_gate": pointwise.silu_gate}
-    return Pointwise(score=pointwise.score, **functions | changes)
+    return replace(pointwise.made_by(lambda function: function), **changes)
 
 
 def replaced(model, functions):
@@ -99,11 +107,31 @@ def test_a_part_with_another_gradient_is_not_put_in():
 
 
 def test_the_parts_before_they_are_compiled(monkeypatch):
-    monkeypatch.setattr(pointwise, "compiled", lambda device: (eager(), ""))
+    monkeypatch.setattr(pointwise, "compiled", lambda device, dtype: (eager(), ""))
     assert error(make("Qwen3"), rows(), settings(compiled=True)) == ("packed", pytest.approx(0, abs=1e-5))
 
 
+def test_a_layer_of_many_rows_is_scaled_as_one():
+    weight, scale = torch.randint(-127, 128, (24, 8), dtype=torch.int8), torch.rand(24)
+    x = torch.randn(2, 100, 8, requires_grad=True)
+    by_y = torch.randn(24, 200).t().view(2, 100, 24)  # not contiguous
+    kept = by_y.clone()
+    y = FrozenLinear.apply(x, weight, scale)
+    (by_x,) = torch.autograd.grad(y, x, by_y)
+    dequantised = weight * scale[:, None]
+    torch.testing.assert_close(y, x @ dequantised.t(), rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(by_x, by_y @ dequantised, rtol=1e-5, atol=1e-3)
+    assert torch.equal(by_y, kept), "a gradient that others may hold was changed"
+
+
 # ------------------------------------------------------------------------------------------------------------ allocator
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantised_base_does_not_hold_its_whole_file(bits):
+    model = load_base(locate_base("demo"), Placement(CPU, torch.float32, bits))
+    for name, parameter in model.named_parameters():
+        assert parameter.untyped_storage().nbytes() == parameter.nbytes, name
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")

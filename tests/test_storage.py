@@ -245,6 +245,17 @@ def test_a_manifest_removes_nothing_outside_its_folder(out):
     assert not checkpoints.damage(out / "checkpoint-2")
 
 
+def test_a_manifest_of_somebody_else_removes_nothing(out):
+    theirs = out / "checkpoint-7"
+    theirs.mkdir()
+    (theirs / "weights.bin").write_bytes(b"theirs")
+    (theirs / folders.CHECKPOINT_FILES).write_text(json.dumps({"files": ["weights.bin"]}))
+    before = contents(out)
+    folders.remove_checkpoint(theirs)
+    checkpoints.rotate(out, "", keep=0)
+    assert contents(out) == before
+
+
 @pytest.mark.parametrize("how", ["cut", "changed", "missing", "manifest missing", "manifest cut", "manifest empty"])
 def test_resume_passes_over_a_damaged_one_and_sets_it_aside(out, how):
     for step in (1, 2):

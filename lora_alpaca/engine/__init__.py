@@ -55,7 +55,7 @@ def fitted(
     base = model.get_base_model()
     functions = pointwise.Pointwise()
     if settings.compiled:
-        functions, reason = pointwise.compiled(settings.device)
+        functions, reason = pointwise.compiled(settings.device, settings.dtype)
         if reason:
             said.append(f"torch.compile fails here ({reason}); going on without it, only slower")
     was_training = model.training

@@ -15,10 +15,10 @@ Precision = Callable[[], AbstractContextManager[None]]  # a context in which a f
 
 
 def sample(examples: Sequence[Example], lengths: Sequence[int], most: int = 4) -> list[Example]:
-    """Return the longest row, which a short attention window would show, and the first of the others."""
+    """Return the longest row, which a short attention window would show, and the shortest of the first few others."""
     longest = max(range(len(lengths)), key=lengths.__getitem__)
-    others = [row for row in range(min(most, len(lengths))) if row != longest]
-    return [examples[row] for row in [longest, *others][:most]]
+    others = [row for row in range(min(4 * most, len(lengths))) if row != longest]
+    return [examples[row] for row in [longest, *sorted(others, key=lengths.__getitem__)][:most]]
 
 
 def loss_and_gradient(

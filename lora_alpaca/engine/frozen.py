@@ -22,13 +22,23 @@ class FrozenLinear(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """Return the product in the dtype of `x`."""
         ctx.save_for_backward(weight, scale)
-        return F.linear(x, weight.to(x.dtype)).mul_(scale)
+        return _scale(F.linear(x, weight.to(x.dtype)), scale)
 
     @staticmethod
     def backward(ctx: Any, by_y: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         """Return the gradient by `x`."""
         weight, scale = ctx.saved_tensors
-        return (by_y * scale).to(by_y.dtype) @ weight.to(by_y.dtype), None, None
+        return _scale(by_y.clone(memory_format=torch.contiguous_format), scale) @ weight.to(by_y.dtype), None, None
+
+
+def _scale(y: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Multiply the columns of `y` [..., out] by fp32 numbers [out], in place, and return it.
+
+    On a CPU a few rows at a time: torch makes fp32 copies of what it multiplies, and these stay in the cache.
+    """
+    for rows in y.view(-1, y.shape[-1]).split(64) if y.device.type == "cpu" else [y]:
+        rows.mul_(scale)
+    return y
 
 
 def frozen_forward(module: Any, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor] | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-PIECE_BYTES = 64 * 2**20  # of fp32 logits alive at a time
+PIECE_BYTES = 32 * 2**20  # of fp32 logits alive at a time
 Score = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 

@@ -73,6 +73,8 @@ def _norm(module: Any, pointwise: Pointwise) -> Forward | None:
     rms_norm, epsilon = pointwise.rms_norm, getattr(module, "variance_epsilon", None)
     if rms_norm is None or epsilon is None or not type(module).__name__.endswith("RMSNorm"):
         return None
+    if module.weight.requires_grad:  # --lora_target_modules may name what is trained besides
+        return None
     return lambda x: rms_norm(x.flatten(0, -2), module.weight, epsilon).view(x.shape)
 
 

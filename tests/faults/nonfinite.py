@@ -4,8 +4,10 @@ They are put into a real run in a forked process. An fp16 run is one with a loss
 """
 
 import math
+import os
 import re
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,8 @@ from lora_alpaca.step import Learner
 
 STEPS = 5
 VALUES = (math.nan, math.inf, -math.inf)
-EXPLICIT = ("loss", "row", "gradient", "base weight", "adapter weight")  # the error names the training rows
+OF_STEP = ("loss", "row", "gradient", "base weight", "adapter weight")  # the error names step and rows
+KINDS = (*OF_STEP, "moment", "validation")
 
 
 def in_step(numbers: set[int], put: Callable[[Learner], Any]) -> None:
@@ -169,110 +172,105 @@ def overflowing(numbers: set[int]) -> Callable[[], None]:
 
 
 def programme(share: float, folder: Path) -> Report:
-    """Put NaN and infinity everywhere, at the first, a middle and the last step."""
-    report = Report()
-    scene = Scene(folder, {"max_steps": STEPS, "eval_steps": 1, "save_steps": 2})
-    right, out = folder / "right", folder / "out"
-    every = folder / "every step"
-    for path, options in ((right, {}), (every, {"save_steps": 1, "save_total_limit": STEPS})):
-        ended = scene.finetune(path, **options)
-        assert ended.code == 0, ended.said
+    """Put NaN and infinity everywhere, at the first, a middle and the last step; skip some; let fp16 overflow."""
+    trials = _Trials(Scene(folder, {"max_steps": STEPS, "eval_steps": 1, "save_steps": 2}))
+    cases = [(kind, value, step) for kind in KINDS for value in VALUES for step in (1, 3, STEPS)]
+    cases = [case for case in cases if (case[0], case[2]) != ("moment", 1)]  # at the first step there are none yet
+    for case in chosen(cases, share):
+        trials.stops(*case)
+    for kind, value in product(("loss", "gradient"), (math.nan, math.inf)):
+        trials.skips_one(kind, value)
+    trials.skips_too_many()
+    trials.overflows()
+    return trials.report
 
-    def newest(what: str) -> tuple[int, Path | None]:
-        folder = checkpoints.newest(out)[0] if out.exists() else None
-        for name in (checkpoints.WEIGHTS, checkpoints.OPTIMIZER, checkpoints.BEST) if folder else ():
+
+class _Trials:
+    def __init__(self, scene: Scene):
+        self.scene, self.report = scene, Report()
+        self.out, self.right, self.every = (scene.folder / name for name in ("out", "right", "every step"))
+        for path, options in ((self.right, {}), (self.every, {"save_steps": 1, "save_total_limit": STEPS})):
+            ended = scene.finetune(path, **options)
+            assert ended.code == 0, ended.said
+
+    def newest(self, what: str) -> int:
+        """Return the step of the newest checkpoint, 0 where there is none; it must be finite."""
+        folder = checkpoints.newest(self.out)[0] if self.out.exists() else None
+        if folder is None:
+            return 0
+        for name in (checkpoints.WEIGHTS, checkpoints.OPTIMIZER, checkpoints.BEST):
             finite = all(torch.isfinite(tensor).all() for tensor in tensors(folder, name).values())
-            report.expect(finite, f"{what}: {name} of {folder.name} is not finite")
-        return (int(folder.name.removeprefix("checkpoint-")) if folder else 0), folder
+            self.report.expect(finite, f"{what}: {name} of {folder.name} is not finite")
+        return int(folder.name.removeprefix("checkpoint-"))
 
-    kinds = [*EXPLICIT, "moment", "validation"]
-    cases = [
-        (kind, value, number)
-        for kind in kinds
-        for value in VALUES
-        for number in (1, 3, STEPS)
-        if (kind, number) != ("moment", 1)
-    ]  # fmt: skip  there are none yet
-    for kind, value, number in chosen(cases, share):
-        what = f"{value} in the {kind} of step {number}"
-        report.count("nonfinite")
-        report.count(f"nonfinite {kind}")
+    def stops(self, kind: str, value: float, number: int) -> None:
+        """The run ends in that step, says where, keeps what was good before it, and goes on from that."""
+        expect, what = self.report.expect, f"{value} in the {kind} of step {number}"
+        self.report.count("nonfinite")
+        self.report.count(f"nonfinite {kind}")
         before = validation(value, number) if kind == "validation" else put_in(kind, value, {number})
-        ended = scene.finetune(scene.fresh(), before)
-        step, folder_there = newest(what)
-        report.expect(ended.code == 1 and bool(ended.error()), f"{what}: ended with {ended.code}: {ended.last()}")
-        taken = [line for line in ended.said.splitlines() if line.startswith(f"step {number + 1}/")]
-        report.expect(not taken, f"{what}: not stopped within one step: {taken}")
-        if kind in EXPLICIT:
-            report.expect(f"step {number}: the " in ended.error(), f"{what}: {ended.error()}")
-            report.expect("training rows " in ended.error(), f"{what}: {ended.error()}")
-            report.expect("moved by the fault: False" in ended.said, f"{what}: something moved")
+        ended = self.scene.finetune(self.scene.fresh(), before)
+        step, line = self.newest(what), ended.error()
+        expect(ended.code == 1 and bool(line), f"{what}: ended with {ended.code}: {ended.last()}")
+        expect(f"\nstep {number + 1}/" not in ended.said, f"{what}: not stopped within one step")
+        if kind in OF_STEP:
+            expect(f"step {number}: the " in line and "training rows " in line, f"{what}: {line}")
+            expect("moved by the fault: False" in ended.said, f"{what}: something moved")
         if kind == "row":
-            named = re.search(r"training rows \d+, each alone", ended.error())
-            report.expect(named is not None, f"{what}: {ended.error()}")
-        saved = {"loss": number - 1, "row": number - 1, "gradient": number - 1, "base weight": number - 1,
-                 "validation": number}.get(kind)  # fmt: skip
-        if saved is not None:
-            report.expect(step == saved, f"{what}: step {step} is saved, and {saved} were good")
-        if folder_there and step < STEPS:
-            good = same(folder_there, every / f"checkpoint-{step}")
-            report.expect(good, f"{what}: checkpoint {step} is not that of a sound run")
-        again = scene.finetune(out, resume=True)
-        good = again.code == 0 and same(out, right) and losses(out) == losses(right)
-        report.expect(good, f"{what}: gone on, it comes to something else: {again.last()}")
-    _skipped(scene, report, out, right, newest)
-    _overflows(scene, report, out, newest)
-    return report
+            expect(re.search(r"training rows \d+, each alone", line) is not None, f"{what}: {line}")
+        good = {"validation": number, "adapter weight": step, "moment": step}.get(kind, number - 1)
+        expect(step == good <= number, f"{what}: step {step} is saved, and {good} were good")
+        sound = step in (0, STEPS) or same(self.out / f"checkpoint-{step}", self.every / f"checkpoint-{step}")
+        expect(sound, f"{what}: checkpoint {step} is not that of a sound run")
+        again = self.scene.finetune(self.out, resume=True)
+        right = again.code == 0 and same(self.out, self.right) and losses(self.out) == losses(self.right)
+        expect(right, f"{what}: gone on, it comes to something else: {again.last()}")
 
+    def skips_one(self, kind: str, value: float) -> None:
+        """With leave to skip, one bad step ends nothing, and has no part in the adapter."""
+        what = f"one step with {value} in the {kind}, skipped"
+        self.report.count("nonfinite skipped")
+        ended = self.scene.finetune(self.scene.fresh(), put_in(kind, value, {3}), on_nonfinite="skip")
+        said = "step 3: the loss is" in ended.said and "(--on_nonfinite skip)" in ended.said
+        self.report.expect(ended.code == 0 and said, f"{what}: {ended.last()}")
+        found = tensors(self.out)
+        finite = bool(found) and all(torch.isfinite(tensor).all() for tensor in found.values())
+        self.report.expect(finite and not same(self.out, self.right), f"{what}: the adapter is not as it should be")
 
-def _skipped(scene: Scene, report: Report, out: Path, right: Path, newest: Any) -> None:
-    """One bad step is skipped, and more than the limit are not."""
-    skip = {"on_nonfinite": "skip"}
-    for value in (math.nan, math.inf):
-        for kind in ("loss", "gradient"):
-            what = f"one step with {value} in the {kind}, skipped"
-            report.count("nonfinite skipped")
-            ended = scene.finetune(scene.fresh(), put_in(kind, value, {3}), **skip)
-            report.expect(ended.code == 0 and "step 3: the loss is" in ended.said, f"{what}: {ended.last()}")
-            found = tensors(out)
-            report.expect(bool(found) and all(torch.isfinite(tensor).all() for tensor in found.values()), what)
-            report.expect(not same(out, right), f"{what}: as if nothing had been")
-    what = "more steps than the limit are not finite"
-    report.count("nonfinite skipped")
-    many = set(range(3, 3 + MOST_SKIPPED + 1))
-    ended = scene.finetune(scene.fresh(), put_in("loss", math.nan, many), **skip, max_steps=20)
-    last = max(many)
-    report.expect(ended.code == 1 and f"step {last}: " in ended.error(), f"{what}: {ended.last()}")
-    step, _ = newest(what)
-    report.expect(step == last - 1, f"{what}: step {step} is saved")
+    def skips_too_many(self) -> None:
+        """More bad steps than the limit end the run."""
+        what, many = "more steps than the limit are not finite", range(3, 3 + MOST_SKIPPED + 1)
+        self.report.count("nonfinite skipped")
+        bad = put_in("loss", math.nan, set(many))
+        ended = self.scene.finetune(self.scene.fresh(), bad, on_nonfinite="skip", max_steps=20)
+        self.report.expect(ended.code == 1 and f"step {many[-1]}: " in ended.error(), f"{what}: {ended.last()}")
+        self.report.expect(self.newest(what) == many[-1] - 1, f"{what}: another step is saved")
 
+    def overflows(self) -> None:
+        """An overflow that lowers the loss scale is no event; too many in a row are, also in two runs."""
+        long = {"max_steps": 60, "save_steps": 20, "eval_steps": 60}
+        few = {"one": {2}, "all but one too many": set(range(3, 2 + MOST_OVERFLOWS)), "the last": {60}}
+        for name, numbers in few.items():
+            self.report.count("nonfinite overflows")
+            ended = self.scene.finetune(self.scene.fresh(), overflowing(numbers), **long)
+            said = ended.said.count("the gradients overflow fp16")
+            fine = ended.code == 0 and said == len(numbers)
+            self.report.expect(fine, f"overflows, {name}: said {said} times: {ended.last()}")
 
-def _overflows(scene: Scene, report: Report, out: Path, newest: Any) -> None:
-    """An overflow that lowers the loss scale is no event; too many in a row are, also in two runs."""
-    long = {"max_steps": 60, "save_steps": 20, "eval_steps": 60}
-    one = {"one": {2}, "all but one too many": set(range(3, 2 + MOST_OVERFLOWS)), "the last": {60}}
-    for name, numbers in one.items():
-        report.count("nonfinite overflows")
-        ended = scene.finetune(scene.fresh(), overflowing(numbers), **long)
-        said = ended.said.count("the gradients overflow fp16")
-        report.expect(ended.code == 0 and said == len(numbers), f"overflows, {name}: {said} said: {ended.last()}")
-    report.count("nonfinite overflows")
-    many = overflowing(set(range(3, 3 + MOST_OVERFLOWS)))
-    ended = scene.finetune(scene.fresh(), many, **long)
-    last = 2 + MOST_OVERFLOWS
-    _stopped(report, ended, last, "too many overflows in a row")
-    newest("overflows")
+        many, last = overflowing(set(range(3, 3 + MOST_OVERFLOWS))), 2 + MOST_OVERFLOWS
+        self._too_many(self.scene.finetune(self.scene.fresh(), many, **long), last, "too many overflows in a row")
 
-    def killed() -> None:
-        many()
-        in_step({30}, lambda *_: torch.tensor([]).item())  # raises
+        def killed() -> None:
+            many()
+            in_step({30}, lambda learner: os._exit(9))
 
-    report.count("nonfinite overflows")
-    scene.finetune(scene.fresh(), killed, **long)
-    report.expect(steps(out) == [20], f"overflows: {steps(out)} are there after an error in step 30")
-    _stopped(report, scene.finetune(out, many, **long, resume=True), last, "too many overflows, in two runs")
+        died = self.scene.finetune(self.scene.fresh(), killed, **long)
+        self.report.expect(died.code == 9 and steps(self.out) == [20], f"overflows: not killed: {died.last()}")
+        again = self.scene.finetune(self.out, many, **long, resume=True)
+        self._too_many(again, last, "too many overflows, in two runs")
 
-
-def _stopped(report: Report, ended: Ended, step: int, what: str) -> None:
-    line = f"step {step}: the gradients overflowed fp16 {MOST_OVERFLOWS} times in a row"
-    report.expect(ended.code == 1 and line in ended.error(), f"{what}: {ended.last()}")
+    def _too_many(self, ended: Ended, step: int, what: str) -> None:
+        self.report.count("nonfinite overflows")
+        line = f"step {step}: the gradients overflowed fp16 {MOST_OVERFLOWS} times in a row"
+        self.report.expect(ended.code == 1 and line in ended.error(), f"{what}: {ended.last()}")
+        self.newest(what)

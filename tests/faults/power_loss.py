@@ -26,6 +26,7 @@ from lora_alpaca.folders import RECORD, read_record
 
 DATA = ("lost", "half", "kept")  # what is not flushed of a file
 NAMES = ("lost", "first half", "every other", "kept")  # what is not flushed of the names in folders
+NOTES = "notes.txt"  # a file of the user's own
 RESUMED = 12  # every so many of the images are also gone on from
 Image = dict[str, bytes | None]  # path -> contents, None of a folder
 
@@ -169,12 +170,16 @@ def programme(share: float, folder: Path) -> Report:
     scene = Scene(folder)
     work, image = folder / "work", folder / "image"
     out, over = work / "out", {"overwrite": True, "seed": 7}
+    export = partial(scene.command, "export", output_dir=work / "hf")
     work.mkdir()
     for case in (
         Case("run", partial(scene.finetune, out), partial(scene.finetune, resume=True)),
         Case("run over a finished one", partial(scene.finetune, out, **over), partial(scene.finetune, **over)),
-        Case("export", partial(scene.command, "export", lora_weights=out, output_dir=work / "hf")),
+        Case("export", partial(export, lora_weights=out)),
+        Case("export over a finished one", partial(export, lora_weights=out, overwrite=True)),
     ):
+        if case.name == "export over a finished one":
+            (work / "hf" / NOTES).write_text("mine")
         disk = Disk(work.resolve())
         judge = _Judge(disk, strict=not disk.names)
         log = _record(case.command, work, scene)
@@ -194,7 +199,7 @@ def programme(share: float, folder: Path) -> Report:
                     ended = case.again(image / "out")
                     right = ended.code == 0 and same(image / "out", out) and losses(image / "out") == losses(out)
                     report.expect(right, f"{what}: gone on, it comes to something else: {ended.last()}")
-        assert judge.least or case.name == "export", "no checkpoint was ever flushed"
+        assert judge.least or "export" in case.name, "no checkpoint was ever flushed"
     return report
 
 
@@ -247,6 +252,7 @@ class _Judge:
         self._seen: set[str] = set()
         self._saved: list[dict[str, bytes]] = []  # the files of checkpoints, as they were when they got their names
         self._finished: list[dict[str, bytes]] = []  # and of folders when their record said that they are finished
+        self._notes = [path.relative_to(disk.path) for path in Path(disk.path).glob(f"*/{NOTES}")]
         for name in ("out", "hf"):
             self._note(name)
             for step in steps(Path(disk.path) / name):
@@ -289,6 +295,8 @@ class _Judge:
             wrong.append(f"checkpoint {self.least} was flushed, and the newest that is taken is {step}")
         if newest and _files(newest) not in self._saved:
             wrong.append(f"a corrupt {newest.name} is taken")
+        if not all((image / path).is_file() for path in self._notes):
+            wrong.append("the user's file is lost")
         for name in ("out", "hf"):
             record = read_record(image / name)
             if record.get("status") == "finished":
