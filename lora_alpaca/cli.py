@@ -42,10 +42,19 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         sys.exit(0)
     except LoraAlpacaError as error:
         print(f"error: {rank}{' '.join(str(error).splitlines())}", file=sys.stderr)  # one line, whatever is in it
-        sys.exit(error.exit_code)
+        _leave(error.exit_code)
     except Interrupted as stop:
         print(f"{rank}stopped by {stop.signal}: {stop}", file=sys.stderr)
-        sys.exit(stop.exit_code)
+        _leave(stop.exit_code)
+
+
+def _leave(exit_code: int) -> NoReturn:
+    """Exit; a worker of torchrun at once, for tearing down what it shared with ranks that are gone takes seconds."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+    sys.exit(exit_code)
 
 
 def _answer(words: list[str]) -> None:
