@@ -33,7 +33,7 @@ class Peers:
         Peers.runs += 1
         self._run = f"lora_alpaca/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{Peers.runs}"
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        patience = timedelta(seconds=5)
+        patience = timedelta(seconds=30)
         self._store = torch.distributed.TCPStore(  # type: ignore[attr-defined]
             address, port, is_master=False, timeout=patience, wait_for_workers=False
         )
