@@ -313,6 +313,7 @@ def main() -> None:
             "train_on_inputs": asked.upstream, "compute": precision, "rounds": asked.rounds, "threads": asked.threads,
         }  # fmt: skip
         kind = "training" + ("_quick" if asked.quick else "") + ("_upstream" if asked.upstream else "")
+        kind += f"_{asked.threads}_threads" if asked.threads > 1 else ""
         tables, headlines = {}, {}
         for shape in asked.shape or SHAPES:
             examples = rows(shape, asked.upstream)
