@@ -148,10 +148,10 @@ def read_origin(folder: Path) -> Origin:
 
     Raises AdapterError for an adapter that was never finished, and for one that is damaged.
     """
-    if checkpoint := (folder / folders.CHECKPOINT_FILES).is_file() and (folder / "state.json").is_file():
+    if checkpoint := (folder / folders.CHECKPOINT_FILES).is_file() and (folder / checkpoints.STATE).is_file():
         if reason := checkpoints.damage(folder):
             raise AdapterError(f"{folder}: {reason}; take another checkpoint")
-        record = folders.read_json(folder / "state.json")["record"]
+        record = folders.read_json(folder / checkpoints.STATE)["record"]
     elif (folder / folders.RECORD).is_file():
         record = folders.read_record(folder)
         if not record:

@@ -146,6 +146,7 @@ def finetune(config: FinetuneConfig, rows: Rows | None = None) -> Run:
             Loop(config, plan, learner, train, validation, output_dir, record, progress).run()
             run = progress.result(output_dir)
             if ranks.first:
+                checkpoints.sweep(output_dir)  # nothing hidden stays in what is finished
                 state = progress.best or adapters.state(model)
                 stop_ids = contracts.stop_ids(model.generation_config.eos_token_id, tokenizer, template)
                 contract = contracts.draw_up(tokenizer, template, stop_ids, train)

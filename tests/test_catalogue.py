@@ -10,6 +10,7 @@ import re
 import resource
 
 import pytest
+from catalogue import Entries
 from command import refused, run
 
 from lora_alpaca import FinetuneConfig, finetune, folders, storage
@@ -21,21 +22,10 @@ from lora_alpaca.errors import DataError, ModelError
 from lora_alpaca.preparation import prepare
 from lora_alpaca.prompts import Conversation, load_template
 
-ENTRIES: set[str] = set()  # those that some test below is about
+ENTRIES = Entries()
+entry, cases = ENTRIES.entry, ENTRIES.cases
 ROW = {"instruction": "Greet.", "input": "", "output": "Hello."}
 LINE = json.dumps(ROW)
-
-
-def entry(number):
-    """Mark a test as the one of an entry, whose number becomes its id."""
-    ENTRIES.add(number)
-    return pytest.mark.parametrize("number", [number])
-
-
-def cases(table, names):
-    """Make every line of a table a test, whose id is the entry in its first column."""
-    ENTRIES.update(line[0] for line in table)
-    return pytest.mark.parametrize(names, [pytest.param(*line[1:], id=line[0]) for line in table])
 
 
 @pytest.fixture(autouse=True)

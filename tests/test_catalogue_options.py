@@ -19,6 +19,7 @@ from typing import ClassVar, get_args
 import pytest
 import torch
 import transformers
+from catalogue import Entries
 from command import run
 from conftest import as_row
 from safetensors.torch import load_file, save_file
@@ -28,24 +29,13 @@ from lora_alpaca.cli import parse
 from lora_alpaca.config import FinetuneConfig, GenerateConfig
 from lora_alpaca.reports import usable_tracker
 
-ENTRIES: set[str] = set()  # those that some test below is about
+ENTRIES = Entries()
+entry, cases = ENTRIES.entry, ENTRIES.cases
 ELSEWHERE = {  # what happens to a run that has begun: those that need faults put into it
     "D84": "tests/faults/memory_faults.py",
     "D87": "tests/faults/disk.py",
     "D96": "tests/faults/power_loss.py",
 }
-
-
-def entry(number):
-    """Mark a test as the one of an entry, whose number becomes its id."""
-    ENTRIES.add(number)
-    return pytest.mark.parametrize("number", [number])
-
-
-def cases(table, names):
-    """Make every line of a table a test, whose id is the entry in its first column."""
-    ENTRIES.update(line[0] for line in table)
-    return pytest.mark.parametrize(names, [pytest.param(*line[1:], id=line[0]) for line in table])
 
 
 @pytest.fixture(autouse=True)

@@ -7,19 +7,18 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 from conftest import ROOT
 
 from lora_alpaca import cli, folders
 
 from .scene import Ended, Scene, steps
+from .scene import copied as process_of
 
 FAULTY = Path(__file__).with_name("faulty.py")
 POLL = 0.0005  # seconds
@@ -97,29 +96,9 @@ def forked(scene: Scene, out: Path, before: Callable[[], Any] | None = None, **o
 
 
 def copied(work: Callable[[], None], scene: Scene, out: Path, options: dict[str, Any]) -> Running:
-    """Begin some work in a copy of this process; SystemExit gives its exit code, an error 70."""
+    """Begin some work in a copy of this process."""
     log = scene.folder / f"{out.name}.said"
-    log.write_text("")
-    sys.stdout.flush()
-    sys.stderr.flush()
-    child = os.fork()
-    if child == 0:
-        code = 70
-        try:
-            torch.set_num_threads(1)  # the threads of a pool are not copied
-            told = os.open(log, os.O_WRONLY | os.O_APPEND)
-            os.dup2(told, 1)
-            os.dup2(told, 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-            work()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 70
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return Running(psutil.Process(child), log, out, scene.options | options)
+    return Running(psutil.Process(process_of(work, log)), log, out, scene.options | options)
 
 
 def typed(scene: Scene, out: Path, **options: Any) -> Running:

@@ -41,27 +41,37 @@ class Ended:
         return " | ".join(self.said.strip().splitlines()[-3:])[-300:]
 
 
-def forked(work: Callable[[], None], log: Path, patience: float = PATIENCE) -> Ended:
-    """Do some work in a copy of this process and return how that ended; SystemExit gives the exit code, an error 70."""
+def copied(work: Callable[[], None], log: Path) -> int:
+    """Begin some work in a copy of this process and return its number; SystemExit gives its exit code, an error 70.
+
+    What it says goes to the end of `log`, which is emptied first.
+    """
+    log.write_text("")
     sys.stdout.flush()
     sys.stderr.flush()
     process = os.fork()
-    if process == 0:
-        code = 70
-        try:
-            torch.set_num_threads(1)  # the threads of a pool are not copied
-            told = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(told, 1)
-            os.dup2(told, 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-            work()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 70
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
+    if process:
+        return process
+    code = 70
+    try:
+        torch.set_num_threads(1)  # the threads of a pool are not copied
+        told = os.open(log, os.O_WRONLY | os.O_APPEND)
+        os.dup2(told, 1)
+        os.dup2(told, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+        work()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 70
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def forked(work: Callable[[], None], log: Path, patience: float = PATIENCE) -> Ended:
+    """Do some work in a copy of this process and return how that ended."""
+    process = copied(work, log)
     until = time.monotonic() + patience
     pause = 0.002
     while True:
