@@ -4,12 +4,14 @@ Every rank tells a store that all of them reach that it lives, and, when it ends
 collective call fails asks there whom to name; without that, the innocent would report "Connection closed by peer".
 """
 
+import functools
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch
 
@@ -17,6 +19,25 @@ BEAT = 0.5  # seconds between two signs of life
 SILENT = 3.0  # seconds without one after which a rank is taken for dead
 STOPPED = "stopped by "  # how the cause of a rank that a signal ended begins
 ANOTHER = f"{STOPPED}the failure of rank "  # of a rank that another one ended
+
+
+def group_of_this_run(timeout: timedelta) -> dict[str, Any]:
+    """Return what `init_process_group` takes, for one more run of the processes that a launcher has started together.
+
+    Each run meets under a name of its own: with the names of the run before, gloo waits for connections of then.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return {"timeout": timeout}
+    Peers.runs += 1
+    store, rank, world_size = _launchers_store()
+    store = torch.distributed.PrefixStore(f"lora_alpaca/{Peers.runs}", store)  # type: ignore[attr-defined]
+    store.set_timeout(timeout)
+    return {"timeout": timeout, "store": store, "rank": rank, "world_size": world_size}
+
+
+@functools.cache  # without torchrun, rank 0 holds it, and can do so once
+def _launchers_store() -> tuple[Any, int, int]:
+    return next(torch.distributed.rendezvous("env://"))  # type: ignore[attr-defined]
 
 
 class Peers:
@@ -30,7 +51,6 @@ class Peers:
     def __init__(self, rank: int, world_size: int, in_vain: Callable[[], None] = lambda: None):
         self.rank, self.others = rank, [other for other in range(world_size) if other != rank]
         self.calls, self._in_vain = 0, in_vain
-        Peers.runs += 1
         self._run = f"lora_alpaca/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{Peers.runs}"
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         patience = timedelta(seconds=30)

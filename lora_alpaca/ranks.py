@@ -19,7 +19,7 @@ from accelerate.state import AcceleratorState, GradientState
 from lora_alpaca import models
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.errors import RankError
-from lora_alpaca.peers import ANOTHER, STOPPED, Peers
+from lora_alpaca.peers import ANOTHER, STOPPED, Peers, group_of_this_run
 from lora_alpaca.reports import Reporter, usable_tracker
 from lora_alpaca.stopping import Interrupted, Stop
 
@@ -32,8 +32,8 @@ class Ranks:
     def __init__(self, config: FinetuneConfig, stop: Stop | None = None):
         self.stop = Stop() if stop is None else stop  # one that nothing has asked yet is false
         device = models.pick_device(config.device)
-        patience = {"timeout": timedelta(seconds=config.rank_timeout)}
-        processes = PartialState(cpu=device.type == "cpu", **patience)
+        group = group_of_this_run(timedelta(seconds=config.rank_timeout))
+        processes = PartialState(cpu=device.type == "cpu", **group)
         self.rank: int = processes.process_index
         self.world_size: int = processes.num_processes
         self.first = self.rank == 0

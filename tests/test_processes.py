@@ -6,11 +6,14 @@ The whole is in tests/faults.
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import TORCHRUN
 from faults import kills, rank_faults
 from faults.kills import OPTIONS
 from faults.report import Report
@@ -199,6 +202,37 @@ def test_a_rank_whose_peers_the_same_signal_stopped_is_stopped_too(tmp_path, ask
 # --------------------------------------------------------------------------------------------------------- peers
 
 
+@pytest.mark.parametrize("launcher", ["torchrun", "variables"])
+def test_two_runs_of_the_same_processes(tmp_path, launcher):
+    """A second `finetune` of processes that torchrun, or a batch system's variables, have started together."""
+    program = tmp_path / "runs.py"
+    program.write_text(
+        "import datetime, time, torch\n"
+        "from accelerate import PartialState\n"
+        "from lora_alpaca.peers import group_of_this_run\n"
+        "for number in (1, 2, 3):\n"
+        "    state = PartialState(cpu=True, **group_of_this_run(datetime.timedelta(seconds=20 + number)))\n"
+        "    total = torch.tensor(number * (1 + state.process_index))\n"
+        "    torch.distributed.all_reduce(total)\n"
+        "    assert total == 3 * number\n"
+        "    state.destroy_process_group()\n"
+        "    time.sleep(state.process_index == 0)  # which saves what came of a run, while the other goes on\n"
+        "    state._reset_state()\n"
+    )
+    if launcher == "torchrun":
+        assert subprocess.run([*TORCHRUN, str(program)], timeout=90).returncode == 0
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [
+        subprocess.Popen([sys.executable, str(program)], env=os.environ | together | {"RANK": rank, "LOCAL_RANK": rank})
+        for rank in ("0", "1")
+    ]
+    assert [rank.wait(timeout=90) for rank in ranks] == [0, 0]
+
+
 @pytest.fixture
 def pair(monkeypatch):
     """Return the two ranks of a run, as each sees the other."""
@@ -211,10 +245,7 @@ def pair(monkeypatch):
     monkeypatch.setattr("lora_alpaca.peers.SILENT", 1.5)
     told = []
     monkeypatch.setattr("lora_alpaca.peers.os.kill", lambda pid, number: told.append(number))
-    runs, ranks = Peers.runs, []
-    for rank in (0, 1):
-        Peers.runs = runs
-        ranks.append(Peers(rank, 2))
+    ranks = [Peers(rank, 2) for rank in (0, 1)]
     ranks[0].told = told
     yield ranks
     for rank in ranks:
