@@ -27,7 +27,10 @@ NOT_THE_RUN = {  # options that change what is shown or where, but no weight
     "allow_change", "on_nonfinite", "on_oom", "rank_timeout",
 }  # fmt: skip
 
-
+PLACES = {  # where files are, which does not matter as long as they are the same files
+    "base_sha256": ("base_model", "base_revision", "revision"),
+    "data_sha256": ("data_path",),
+}
 THE_RUN = ("base_model", "base_revision", "base_sha256", "tokenizer_sha256", "precision", "ranks", "data_sha256")
 
 
@@ -89,7 +92,9 @@ def differences(stored: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[
         return options | facts | {"prompt_template": template}
 
     before, after = decisive(stored), decisive(now)
-    return {key: (value, after.get(key)) for key, value in before.items() if value != after.get(key)}
+    moved = {place for contents, places in PLACES.items() if before[contents] == after[contents] for place in places}
+    changed = {key: (value, after.get(key)) for key, value in before.items() if value != after.get(key)}
+    return {key: values for key, values in changed.items() if key not in moved}
 
 
 @dataclass(frozen=True)

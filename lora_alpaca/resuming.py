@@ -27,11 +27,13 @@ def find(config: FinetuneConfig, output_dir: Path, reporter: Reporter) -> Path |
     if config.resume:
         newest, passed = checkpoints.newest(output_dir)
         reporter.say(*(f"passed over {folder}: {reason}" for folder, reason in passed.items()))
-        reporter.say(f"resuming from {newest}" if newest else "--resume: no checkpoint yet; starting fresh")
         if newest:
+            reporter.say(f"resuming from {newest}")
             return newest
     ways_on = "go on with --resume, or start anew with --overwrite"
     folders.check(output_dir, config.overwrite or config.resume, ways_on)
+    if config.resume:
+        reporter.say("--resume: no checkpoint yet; starting fresh")
     return None
 
 

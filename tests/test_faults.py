@@ -10,7 +10,7 @@ PARTS = {  # the share of its cases, and the names of what it must have counted
     "power_loss": (0.08, {"power_cuts images", "power_cuts resumed"}),
     "disk": (0.03, {"disk_full", "disk_errors", "disk_final_saves", "disk_operations"}),
     "nonfinite": (0.12, {"nonfinite", "nonfinite skipped", "nonfinite overflows"}),
-    "changed_settings": (0.1, {"changed_settings refused", "changed_settings applied"}),
+    "changed_settings": (0.1, {"changed_settings refused", "changed_settings applied", "files_moved"}),
     "memory_faults": (0.08, {"memory", "memory shrunk", "memory resumed"}),
 }
 

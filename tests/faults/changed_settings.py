@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,6 @@ class Change:
     options: dict[str, Any]
     effect: Callable[[After], bool] | None
     prepare: Callable[["_Stage"], None] = lambda stage: None
-    also: list[str] = field(default_factory=list)  # what must be said
 
 
 def rate(options: dict[str, Any], step: int = AT) -> float:
@@ -134,8 +133,8 @@ def changes() -> list[Change]:
         Change("data_sha256", {}, of_loss, lambda stage: make_rows(stage.scene.data, shift=1)),
         Change("base_sha256", {}, of_loss, lambda stage: stage.other_model(seed=1)),
         Change("tokenizer_sha256", {}, lambda after: after.total() == STEPS, lambda stage: stage.other_tokenizer()),
-        Change("base_model", {"base_model": "COPY"}, lambda after: same(after.folder, after.right)),
-        Change("data_path", {"data_path": "COPY"}, lambda after: same(after.folder, after.right)),
+        Change("base_model,base_sha256", {"base_model": "OTHER"}, of_loss),
+        Change("data_path,data_sha256", {"data_path": "OTHER"}, of_loss),
         Change("ranks", {}, lambda after: after.record("ranks") == 1, lambda stage: stage.of_two_ranks()),
     ]  # fmt: skip
 
@@ -195,6 +194,13 @@ def programme(share: float, folder: Path) -> Report:
             right = again.code == 0 and same(stage.out, stage.folder / "whole")
             report.expect(right, f"{change.names}: killed after the change, it comes to something else: {again.last()}")
         stage.end(change)
+
+    moved = Change("nothing", {"base_model": "COPY", "data_path": "COPY"}, None)
+    stage.begin(moved)
+    ended = stage.go_on(moved)
+    report.count("files_moved")
+    report.expect(ended.code == 0, f"the same base and data in another place are refused: {ended.last()}")
+    report.expect(same(stage.out, stage.right), "the same base and data in another place come to something else")
     return report
 
 
@@ -207,9 +213,13 @@ class _Stage:
         options["cutoff_len"] = 256
         self.scene = Scene(folder, options)
         self.right, self.killed_run, self.copies = folder / "right", folder / "killed", folder / "copies"
-        self.copies.mkdir()
+        self.others = folder / "others"
+        for place in (self.copies, self.others):
+            place.mkdir()
         shutil.copytree(self.scene.model, self.copies / "model")
         shutil.copy(self.scene.data, self.copies / "rows.json")
+        make_model(self.others / "model", seed=1)
+        make_rows(self.others / "rows.json", shift=1)
         ended = self.scene.finetune(self.right)
         assert ended.code == 0, ended.said
         died = self.scene.finetune(self.killed_run, self.killed(SAVED))
@@ -242,8 +252,11 @@ class _Stage:
 
     def go_on(self, change: Change, before: Callable[[], None] | None = None, **more: Any) -> Ended:
         """Return how it ends to go on with the changed options."""
-        places = {"base_model": self.copies / "model", "data_path": self.copies / "rows.json"}
-        options = {name: places[name] if value == "COPY" else value for name, value in change.options.items()}
+        names = {"base_model": "model", "data_path": "rows.json"}
+        places = {"COPY": self.copies, "OTHER": self.others}
+        options = {
+            name: places[value] / names[name] if value in places else value for name, value in change.options.items()
+        }
         return self.scene.finetune(self.out, before, **options, **more, resume=True)
 
     def contents(self) -> dict[str, Any]:
