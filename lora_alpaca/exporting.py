@@ -10,10 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
-from lora_alpaca import adapters, contracts, fingerprints, folders, models, records, skeletons, storage
+from lora_alpaca import adapters, contracts, fingerprints, folders, memory, models, records, skeletons, storage
 from lora_alpaca.config import ExportConfig
 from lora_alpaca.encoding import Encoder
 from lora_alpaca.errors import AdapterError, ExportError, FolderError, ModelError
@@ -129,8 +128,7 @@ def _check_places(base: Base, adapter: Path, output_dir: Path, dtype: torch.dtyp
 
 def _fits_in_fp32(model: Any, device: torch.device) -> bool:
     """Return whether the model can be held in fp32 beside its stored weights, with a fifth of the memory to spare."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return sum(parameter.numel() for parameter in model.parameters()) * 4 < 0.8 * free
+    return sum(parameter.numel() for parameter in model.parameters()) * 4 < 0.8 * memory.left(device)[0]
 
 
 def _probe_ids(tokenizer: Any, template: AnyTemplate) -> list[torch.Tensor]:

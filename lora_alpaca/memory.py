@@ -1,9 +1,14 @@
 """Memory: is an error a want of it, how much is left, and how to give back what a failed attempt holds."""
 
 import gc
+from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import torch
+
+GROUPS = Path("/sys/fs/cgroup")  # https://docs.kernel.org/admin-guide/cgroup-v2.html
+OWN_GROUPS = Path("/proc/self/cgroup")
 
 SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
 
@@ -20,14 +25,47 @@ def shortage(error: Exception) -> str:
     return next((line.strip()[:160] for line in text.splitlines() if line.strip()), "no more is given")
 
 
-def free(device: torch.device) -> str:
-    """Return in words how much memory of a device is free, in all processes."""
+def left(device: torch.device) -> tuple[int, int]:
+    """Return how many bytes of a device's memory are free, in all processes, and how many there are.
+
+    On a CPU both are without swap, and within the limit of the container or batch job that this process runs in.
+    """
     if device.type == "cuda":
-        left, whole = torch.cuda.mem_get_info(device)
-    else:
-        memory = psutil.virtual_memory()
-        left, whole = memory.available, memory.total
-    return f"{left / 1e9:.1f} of {whole / 1e9:.1f} GB are free"
+        return torch.cuda.mem_get_info(device)
+    memory = psutil.virtual_memory()
+    limits = [(limit, limit - used) for limit, used in _groups() if limit < memory.total]
+    return min([memory.available, *(left for _, left in limits)]), min([memory.total, *(limit for limit, _ in limits)])
+
+
+def _groups() -> Iterator[tuple[int, int]]:
+    """Yield limit and use of the control groups around this process, in bytes; cached files are no use."""
+    try:
+        lines = [line.split(":", 2) for line in OWN_GROUPS.read_text().splitlines()]
+    except OSError:  # another system
+        return
+    for _, controllers, name in lines:
+        if controllers == "":
+            top, limit_file, used_file, cached_key = GROUPS, "memory.max", "memory.current", "inactive_file"
+        elif controllers == "memory":  # the first version of control groups
+            top, cached_key = GROUPS / "memory", "total_inactive_file"
+            limit_file, used_file = "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        inner = top / name.lstrip("/")
+        for group in (inner, *(above for above in inner.parents if above.is_relative_to(top))):
+            try:  # in a container the inner ones may be out of sight
+                limit, used = (group / limit_file).read_text(), int((group / used_file).read_text())
+                stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):
+                continue
+            if limit.strip().isdigit():  # "max" is none
+                yield int(limit), max(0, used - int(stat.get(cached_key, 0)))
+
+
+def free(device: torch.device) -> str:
+    """Return in words how much memory of a device is free."""
+    free, whole = left(device)
+    return f"{free / 1e9:.1f} of {whole / 1e9:.1f} GB are free"
 
 
 def release(device: torch.device) -> None:

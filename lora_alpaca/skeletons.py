@@ -8,7 +8,7 @@ import psutil
 import torch
 import transformers
 
-from lora_alpaca import models
+from lora_alpaca import memory, models
 from lora_alpaca.errors import ModelError, one_line
 from lora_alpaca.models import Base, Placement
 
@@ -53,7 +53,7 @@ def check_base(base: Base, placement: Placement) -> list[str]:
         return []
     needed = memory_bytes(model, placement)
     if placement.device.type == "cpu":
-        free = psutil.virtual_memory().available + psutil.swap_memory().free
+        free = memory.left(placement.device)[0] + psutil.swap_memory().free
         if needed > free:
             raise ModelError(
                 f"--base_model {base.name}: its weights take {gigabytes(needed)} as {placement}, and {gigabytes(free)} "

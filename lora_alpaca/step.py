@@ -17,7 +17,7 @@ from lora_alpaca.errors import TrainingError
 from lora_alpaca.examples import Example
 from lora_alpaca.ranks import Ranks
 
-LESS = "lower --token_budget or --cutoff_len (with --engine padded, --micro_batch_size), or say --on_oom shrink"
+LESS = "lower --token_budget or --cutoff_len (with --engine padded, --micro_batch_size)"
 
 
 @dataclass
@@ -100,7 +100,8 @@ class Learner:
             except memory.MemoryShortage as error:
                 smaller = self.engine.smaller() if self.shrinks else None
                 if smaller is None:
-                    raise TrainingError(f"out of memory ({error}); {memory.free(self.ranks.device)}; {LESS}") from None
+                    less = LESS if self.shrinks else f"{LESS}, or say --on_oom shrink"
+                    raise TrainingError(f"out of memory ({error}); {memory.free(self.ranks.device)}; {less}") from None
                 self.ranks.reporter.say(f"out of memory: going on with {smaller}; the optimizer batch stays as it is")
                 self.engine = smaller
             memory.release(self.ranks.device)

@@ -16,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar, get_args
 
+import psutil
 import pytest
 import torch
 import transformers
@@ -300,10 +301,10 @@ def test_bf16_that_is_not_native(number, monkeypatch, device, asked, dtype, sent
 @pytest.mark.parametrize("verb", ["finetune", "generate"])
 def test_a_base_that_is_larger_than_the_memory(number, verb, monkeypatch, tiny_llama, data_path):
     class Little:
-        available = free = 50_000
+        available = total = free = 50_000
 
-    monkeypatch.setattr(skeletons.psutil, "virtual_memory", Little)
-    monkeypatch.setattr(skeletons.psutil, "swap_memory", Little)
+    monkeypatch.setattr(psutil, "virtual_memory", Little)
+    monkeypatch.setattr(psutil, "swap_memory", Little)
     words = ("--data_path", data_path, *SHORT) if verb == "finetune" else ("--prompt_template", "alpaca", *ASK)
     line = line_of(verb, "--base_model", tiny_llama, "--dtype", "fp32", *words, code=1)
     assert "its weights take 0.001 GB as unquantised base, fp32 compute on cpu, and 0.000 GB are free; take a" in line
