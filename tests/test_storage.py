@@ -230,6 +230,26 @@ def test_a_users_file_in_a_checkpoint_survives_its_removal(out):
     assert checkpoints.newest(out)[0] == out / "checkpoint-2"
 
 
+def test_a_removal_that_is_interrupted_leaves_nothing_that_looks_like_a_checkpoint(out, monkeypatch):
+    for step in (1, 2):
+        save(out, step)
+    removed, unlink = [], os.unlink
+
+    def once(path, **where):
+        if removed:
+            raise OSError(5, "Input/output error")
+        removed.append(path)
+        unlink(path, **where)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output"):
+        patch.setattr(os, "unlink", once)
+        checkpoints.rotate(out, "ours", keep=1)
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert checkpoints.newest(out) == (out / "checkpoint-2", {})
+    checkpoints.rotate(out, "ours", keep=1)
+    assert [path.name for path in out.iterdir()] == ["checkpoint-2"]
+
+
 def test_a_manifest_removes_nothing_outside_its_folder(out):
     outside = out.parent / "precious.txt"
     outside.write_text("mine")
