@@ -1,17 +1,40 @@
-"""What the tests of the catalogue of bad inputs share: tests, and lines of tables, have their entry as id."""
+"""What the tests of the catalogue of bad inputs share: every test, and line of a table, has its entry as id."""
+
+from pathlib import Path
 
 import pytest
+from command import run
+
+ENTRIES: set[str] = set()  # that a test of the modules imported so far is about
+SHORT = ("--max_steps", 1, "--batch_size", 2, "--val_set_size", 2, "--cutoff_len", 96, "--load_8bit", "False")
+ASK = ("--instruction", "Hello.", "--max_new_tokens", 2, "--temperature", 0)
 
 
-class Entries(set[str]):
-    """The entries that some test of a file is about."""
+def entry(number):
+    """Mark a test as the one of an entry, whose number becomes its id."""
+    ENTRIES.add(number)
+    return pytest.mark.parametrize("number", [number])
 
-    def entry(self, number):
-        """Mark a test as the one of an entry, whose number becomes its id."""
-        self.add(number)
-        return pytest.mark.parametrize("number", [number])
 
-    def cases(self, table, names):
-        """Make every line of a table a test, whose id is the entry in its first column."""
-        self.update(line[0] for line in table)
-        return pytest.mark.parametrize(names, [pytest.param(*line[1:], id=line[0]) for line in table])
+def cases(table, names):
+    """Make every line of a table a test, whose id is the entry in its first column."""
+    ENTRIES.update(line[0] for line in table)
+    return pytest.mark.parametrize(names, [pytest.param(*line[1:], id=line[0]) for line in table])
+
+
+def line_of(verb, *words, code=2):
+    """Return the one line that refuses a command, with its exit code, having written nothing."""
+    before = sorted(Path().rglob("*"))
+    result = run(verb, *words)
+    assert result.code == code, result
+    lines = [line for line in result.err.splitlines() if not line.startswith(("adapter ", "model ", "warning: "))]
+    assert len(lines) == 1, result.err
+    assert lines[0].startswith("error: ")
+    assert sorted(Path().rglob("*")) == before
+    return lines[0]
+
+
+def launched(monkeypatch, **variables):
+    """Set variables of a launcher."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
