@@ -58,8 +58,8 @@ def reliability(figures: dict[str, Any]) -> str:
     lines = [f"{machine['cpu']}, {machine['cores']} cores, {figures['date']}.", ""]
     lines += ["| part | tried | not as promised | minutes |", "|---|---|---|---|"]
     for name, part in figures["parts"].items():
-        tried = ", ".join(f"{number} {what.replace('_', ' ')}" for what, number in part["counts"].items() if number)
-        lines.append(f"| {name.replace('_', ' ')} | {tried} | {part['failures']} | {part['seconds'] / 60:.1f} |")
+        name = name.replace("_", " ")
+        lines.append(f"| {name} | {_tried(part['counts'])} | {part['failures']} | {part['seconds'] / 60:.1f} |")
     for kind in ("kills", "signals"):
         moments = figures[f"moments of {kind}"]
         lines += ["", f"| {kind} in | " + " | ".join(moments) + " |", "|---|" + "---|" * len(moments)]
@@ -81,6 +81,18 @@ def reliability(figures: dict[str, Any]) -> str:
         f"{run['steps']} steps with a checkpoint every tenth took {run['slower by']:+.1%} in time.",
     ]
     return "\n".join(lines)
+
+
+def _tried(counts: dict[str, int]) -> str:
+    """Return counts as words; those of a kind (`kills of copies`) in brackets after the whole (`kills`)."""
+    names = [name for name, number in counts.items() if number]
+    said = []
+    for name in names:
+        if any(name.startswith(f"{other} ") for other in names):
+            continue
+        kinds = [f"{counts[other]} {other[len(name) + 1 :]}" for other in names if other.startswith(f"{name} ")]
+        said.append(f"{counts[name]} {name}" + (f" ({', '.join(kinds)})" if kinds else ""))
+    return ", ".join(said).replace("_", " ")
 
 
 def convergence(figures: dict[str, Any]) -> str:
