@@ -63,7 +63,7 @@ def chaos(times: int, folder: Path) -> Report:
     whole, out = uninterrupted(scene), scene.fresh("killed")
     chance, step = random.Random(times), 0
     for number in range(times):
-        moment = Moment("train", step + chance.randint(0, 4), 0.01)
+        moment = Moment("train", step + chance.randint(1, 4), 0.01)  # a step that a resumed run is sure to take
         ended = killed(report, lambda: forked(scene, out, resume=True), {"train": [moment]}, chance)
         report.expect(ended is not None, f"chaos: kill {number} came when the run was over")
         step = max(step, last_step(ended.said if ended else ""))
