@@ -4,7 +4,6 @@ Every rank tells a store that all of them reach that it lives, and, when it ends
 collective call fails asks there whom to name; without that, the innocent would report "Connection closed by peer".
 """
 
-import functools
 import os
 import signal
 import threading
@@ -15,29 +14,64 @@ from typing import Any
 
 import torch
 
+from lora_alpaca.errors import ConfigError, RankError
+
 BEAT = 0.5  # seconds between two signs of life
 SILENT = 3.0  # seconds without one after which a rank is taken for dead
 STOPPED = "stopped by "  # how the cause of a rank that a signal ended begins
 ANOTHER = f"{STOPPED}the failure of rank "  # of a rank that another one ended
+LATE = "it did not come: the others waited for it as long as --rank_timeout says"
+_stores: list[Any] = []  # of this process: at most one
 
 
 def group_of_this_run(timeout: timedelta) -> dict[str, Any]:
     """Return what `init_process_group` takes, for one more run of the processes that a launcher has started together.
 
-    Each run meets under a name of its own: with the names of the run before, gloo waits for connections of then.
+    Each run meets under a name of its own: with the names of the run before, gloo waits for connections of then. It
+    returns when all are there, so that no rank waits inside torch, where signals are not heard, for one that has gone.
+    Raises RankError naming a rank that does not come.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if (world_size := int(os.environ.get("WORLD_SIZE", "1"))) == 1:
         return {"timeout": timeout}
+    rank, until = int(os.environ["RANK"]), time.monotonic() + timeout.total_seconds()
     Peers.runs += 1
-    store, rank, world_size = _launchers_store()
-    store = torch.distributed.PrefixStore(f"lora_alpaca/{Peers.runs}", store)  # type: ignore[attr-defined]
+    store = torch.distributed.PrefixStore(_run(), _launchers_store(until))  # type: ignore[attr-defined]
     store.set_timeout(timeout)
+    store.set(f"{rank} is here", "")
+    for other in range(world_size):
+        while not store.check([f"{other} is here"]):
+            if time.monotonic() > until:
+                raise RankError(other, LATE)
+            time.sleep(0.01)
     return {"timeout": timeout, "store": store, "rank": rank, "world_size": world_size}
 
 
-@functools.cache  # without torchrun, rank 0 holds it, and can do so once
-def _launchers_store() -> tuple[Any, int, int]:
-    return next(torch.distributed.rendezvous("env://"))  # type: ignore[attr-defined]
+def _launchers_store(until: float) -> Any:
+    """Return the store that all ranks reach, which is kept for the runs to come: torchrun's, or rank 0's own."""
+    holds = os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    while not _stores:
+        try:
+            _stores.append(connected(holds, timedelta(seconds=2)))  # a longer time-out would be deaf to signals
+        except RuntimeError as error:
+            if holds:
+                raise ConfigError(f"the port of the variable MASTER_PORT cannot be opened: {error}") from None
+            if time.monotonic() > until:
+                raise RankError(0, LATE) from None
+            time.sleep(0.1)
+    return _stores[0]
+
+
+def connected(holds: bool = False, timeout: timedelta = timedelta(seconds=30)) -> Any:
+    """Return a connection to the store at the launcher's address, or with `holds` the store itself."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return torch.distributed.TCPStore(  # type: ignore[attr-defined]
+        address, port, is_master=holds, timeout=timeout, wait_for_workers=False, multi_tenant=holds
+    )
+
+
+def _run() -> str:
+    """Return what the keys of this run begin with: torchrun may have started the processes anew."""
+    return f"lora_alpaca/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{Peers.runs}"
 
 
 class Peers:
@@ -51,12 +85,7 @@ class Peers:
     def __init__(self, rank: int, world_size: int, in_vain: Callable[[], None] = lambda: None):
         self.rank, self.others = rank, [other for other in range(world_size) if other != rank]
         self.calls, self._in_vain = 0, in_vain
-        self._run = f"lora_alpaca/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{Peers.runs}"
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        patience = timedelta(seconds=30)
-        self._store = torch.distributed.TCPStore(  # type: ignore[attr-defined]
-            address, port, is_master=False, timeout=patience, wait_for_workers=False
-        )
+        self._run, self._store = _run(), connected()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True, name="signs of life")
         self._thread.start()

@@ -8,7 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -22,8 +24,8 @@ from faults.scene import Scene
 from faults.signals import judge_end, judge_resumed, too_long, twice
 
 from lora_alpaca import FinetuneConfig, stopping
-from lora_alpaca.errors import RankError
-from lora_alpaca.peers import ANOTHER, STOPPED, Peers
+from lora_alpaca.errors import ConfigError, RankError
+from lora_alpaca.peers import ANOTHER, STOPPED, Peers, group_of_this_run
 from lora_alpaca.ranks import Ranks
 from lora_alpaca.stopping import Interrupted, StepAbandoned, Stop
 
@@ -251,6 +253,47 @@ def pair(monkeypatch):
     for rank in ranks:
         rank.close()
     del store
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """Let this process be one of two ranks, the other of which does not come; return `alone(rank)`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+
+    def launch(rank):
+        for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank}.items():
+            monkeypatch.setenv(name, value)
+
+    monkeypatch.setattr("lora_alpaca.peers._stores", [])
+    return launch
+
+
+@pytest.mark.parametrize(("rank", "other"), [("0", 1), ("1", 0)])
+def test_a_rank_that_does_not_come_is_named(alone, rank, other):
+    alone(rank)
+    with pytest.raises(RankError, match=f"rank {other} failed: it did not come: the others waited for it"):
+        group_of_this_run(timedelta(seconds=0.1))
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_who_waits_for_the_others_hears_signals(alone, rank):
+    """Inside torch.distributed, it would be as deaf as long as --rank_timeout says."""
+    alone(rank)
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
+    with Stop().watching(), pytest.raises(Interrupted):
+        timer.start()
+        group_of_this_run(timedelta(seconds=60))
+
+
+def test_a_port_that_is_taken(alone):
+    alone("0")
+    with socket.socket() as taken:
+        taken.bind(("", int(os.environ["MASTER_PORT"])))
+        taken.listen()
+        with pytest.raises(ConfigError, match="the port of the variable MASTER_PORT cannot be opened"):
+            group_of_this_run(timedelta(seconds=5))
 
 
 def test_nobody_is_gone_while_all_give_signs_of_life(pair):

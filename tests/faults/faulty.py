@@ -88,7 +88,13 @@ def put_in(fault: str, number: int) -> None:
         init(rows, *args, **options)
         rows.digest = "0" * 64
 
-    if fault == "rows":
+    def early(*args, **options):
+        happens()
+        finds_a_bad_row()
+
+    if fault == "early":  # before the ranks have met
+        data.Rows.__init__ = early
+    elif fault == "rows":
         init, data.Rows.__init__ = data.Rows.__init__, other_rows
     else:
         step.Learner._gradient = counted

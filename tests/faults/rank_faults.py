@@ -33,6 +33,7 @@ FAULTS = [  # what happens, the rank to which it does, and what is said of it
     ("_exit", 0, rf"error: rank 1: rank 0 failed: {re.escape(GONE)}"),
     ("hang", 1, rf"error: rank 0: rank 1 failed: {re.escape(HANGS)}"),
     ("data", 1, r"error: rank (1: rows.json:7: Alpaca|0: rank 1 failed: rows.json:7: Alpaca)"),
+    ("early", 1, r"error: rank 1: rows.json:7: Alpaca format: no output"),
     ("memory", 1, r"error: rank 1: out of memory \(CUDA out of memory. Tried to allocate 2.00 GiB.\)"),
     ("nan", 1, r"error: rank 0: step 6: the loss is nan"),
     ("rows", 1, r"error: rank \d: .*the processes read different rows"),
@@ -42,7 +43,7 @@ FAULTS = [  # what happens, the rank to which it does, and what is said of it
 
 
 def programme(share: float, folder: Path) -> Report:
-    """Let a rank fail, in twelve ways."""
+    """Let a rank fail, in thirteen ways."""
     report, scene = Report(), Scene(folder / "ranks", dict(OPTIONS))
     for fault, rank, wanted in chosen(FAULTS, share):
         options = {"rank_timeout": TIMEOUT} if fault in ("hang", "SIGSTOP") else {}

@@ -32,10 +32,10 @@ def programme(share: float, folder: Path) -> Report:
             measured = scene.fresh(f"measured by {begin.__name__}")
             times[begin] = by_phase(moments(begin(scene, measured), scene.options))
         chance, ended = random.Random(number), None
-        while ended is None or ended.code == 0:  # until it was there to get it
+        while ended is None:  # until it was there to get it
             running = begin(scene, scene.fresh("stopped"))
             chance.choice(times[begin][phase]).strike(running, chance, sent)
-            ended = running.ended()
+            ended = in_time(running)
         report.count("signals")
         report.count(f"signals to {begin.__name__}")
         report.count(f"signals in: {phase}")
@@ -49,6 +49,12 @@ def programme(share: float, folder: Path) -> Report:
     too_long(report, scene, reference)
     paused(report, scene, reference)
     return report
+
+
+def in_time(running: Running) -> Ended | None:
+    """Return how a run ended; None where the signal found all done, and processes that were only about to exit."""
+    ended = running.ended()
+    return None if whole(running.out) and not STOPPED.search(ended.said) else ended
 
 
 def judge_end(report: Report, case: str, running: Running, ended: Ended, sent: signal.Signals, ranks: int) -> None:
