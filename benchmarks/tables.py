@@ -78,7 +78,7 @@ def reliability(figures: dict[str, Any]) -> str:
         "",
         f"A checkpoint of a 7B model's adapter ({large['megabytes']} MB with moments and best adapter) took "
         f"{large['seconds']} s, {large['seconds of the processor']} s of them the processor's. On the demo base, "
-        f"{run['steps']} steps with a checkpoint every tenth took {run['slower by']:+.1%} in time.",
+        f"{run['steps']} steps with a checkpoint every tenth took {round(run['slower by'], 3) + 0.0:+.1%} in time.",
     ]
     return "\n".join(lines)
 
