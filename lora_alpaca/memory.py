@@ -33,8 +33,9 @@ def left(device: torch.device) -> tuple[int, int]:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)
     memory = psutil.virtual_memory()
-    limits = [(limit, limit - used) for limit, used in _groups() if limit < memory.total]
-    return min([memory.available, *(left for _, left in limits)]), min([memory.total, *(limit for limit, _ in limits)])
+    groups = list(_groups())
+    free = min([memory.available, *(limit - used for limit, used in groups)])
+    return free, min([memory.total, *(limit for limit, _ in groups)])
 
 
 def _groups() -> Iterator[tuple[int, int]]:

@@ -165,6 +165,7 @@ def test_a_folder_of_somebody_else_is_refused_and_untouched(out, flags):  # 90
         result = run("finetune", *flags, *way)
         assert result.code == 2
         assert "is not empty and was not made by lora_alpaca; name another folder" in result.err
+        assert "starting fresh" not in result.out
     assert contents(out) == before
 
 

@@ -79,6 +79,7 @@ def programme(share: float, folder: Path) -> Report:
         ended = scene.finetune(scene.fresh(), fault, **options)
         line = ended.error()
         report.expect(ended.code == 1 and "out of memory (" in line, f"{what}: {ended.last()}")
+        report.expect("say --on_oom shrink" in line, f"{what}: the way on is not said: {line}")
         report.expect(" GB are free" in line and f"--{size}" in line, f"{what}: {line}")
         if name != "Python":
             report.expect("allocate" in line, f"{what}: not said what was needed: {line}")
@@ -126,3 +127,4 @@ def _too_small(scene: Scene, report: Report) -> None:
         report.count("memory too small")
         ended = scene.finetune(scene.fresh(), short_above(1, ERRORS["CPU"]), **options, on_oom="shrink")
         report.expect(ended.code == 1 and "out of memory (" in ended.error(), f"too small: {ended.last()}")
+        report.expect("--on_oom" not in ended.error(), f"too small: told to do what is done: {ended.error()}")
