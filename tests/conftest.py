@@ -5,6 +5,7 @@ Everything here is made in temporary folders from seeds, in a second or two; not
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -218,6 +219,13 @@ def model_loads() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- scripts
+
+
+@pytest.fixture
+def free_port() -> int:
+    """Return the number of a port that nobody listens at."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return int(taken.getsockname()[1])
 
 
 @pytest.fixture(scope="session")

@@ -28,10 +28,7 @@ from lora_alpaca.prompts import Conversation, load_template
 ROW = {"instruction": "Greet.", "input": "", "output": "Hello."}
 LINE = json.dumps(ROW)
 
-
-@pytest.fixture(autouse=True)
-def no_model(monkeypatch):
-    monkeypatch.setattr("lora_alpaca.models.load_base", lambda *_: pytest.fail("the model was loaded first"))
+pytestmark = pytest.mark.usefixtures("here")  # no model may be loaded
 
 
 def written(tmp_path, content, name="rows.json"):
@@ -207,7 +204,7 @@ def test_a_line_of_100_megabytes(tmp_path, number):
     assert len(row.encode()) > 100e6
     assert len(Rows(str(written(tmp_path, f"[{row}]")))) == 1
     assert [value for _, value in read_file(written(tmp_path, row, "rows.jsonl"))] == [json.loads(row)]
-    for path in tmp_path.iterdir():
+    for path in tmp_path.glob("rows.*"):
         path.unlink()
 
 

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from catalogue import launched
 from conftest import TORCHRUN
 from faults import kills, rank_faults
 from faults.kills import OPTIONS
@@ -205,7 +206,7 @@ def test_a_rank_whose_peers_the_same_signal_stopped_is_stopped_too(tmp_path, ask
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "variables"])
-def test_two_runs_of_the_same_processes(tmp_path, launcher):
+def test_two_runs_of_the_same_processes(tmp_path, launcher, free_port):
     """A second `finetune` of processes that torchrun, or a batch system's variables, have started together."""
     program = tmp_path / "runs.py"
     program.write_text(
@@ -224,10 +225,7 @@ def test_two_runs_of_the_same_processes(tmp_path, launcher):
     if launcher == "torchrun":
         assert subprocess.run([*TORCHRUN, str(program)], timeout=90).returncode == 0
         return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port)}
     ranks = [
         subprocess.Popen([sys.executable, str(program)], env=os.environ | together | {"RANK": rank, "LOCAL_RANK": rank})
         for rank in ("0", "1")
@@ -236,14 +234,11 @@ def test_two_runs_of_the_same_processes(tmp_path, launcher):
 
 
 @pytest.fixture
-def pair(monkeypatch):
+def pair(monkeypatch, free_port):
     """Return the two ranks of a run, as each sees the other."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    store = torch.distributed.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    store = torch.distributed.TCPStore("127.0.0.1", free_port, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", str(port))
+    monkeypatch.setenv("MASTER_PORT", str(free_port))
     monkeypatch.setattr("lora_alpaca.peers.SILENT", 1.5)
     told = []
     monkeypatch.setattr("lora_alpaca.peers.os.kill", lambda pid, number: told.append(number))
@@ -256,15 +251,11 @@ def pair(monkeypatch):
 
 
 @pytest.fixture
-def alone(monkeypatch):
+def alone(monkeypatch, free_port):
     """Let this process be one of two ranks, the other of which does not come; return `alone(rank)`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
 
     def launch(rank):
-        for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank}.items():
-            monkeypatch.setenv(name, value)
+        launched(monkeypatch, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port), RANK=rank)
 
     monkeypatch.setattr("lora_alpaca.peers._stores", [])
     return launch

@@ -218,12 +218,6 @@ def test_analytics_are_off_and_fonts_are_the_systems(monkeypatch: pytest.MonkeyP
 
 
 @pytest.fixture
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return int(taken.getsockname()[1])
-
-
-@pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Make `launch` return instead of serving; the dict gets what gradio was told."""
     told: dict[str, Any] = {}
