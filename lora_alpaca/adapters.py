@@ -22,8 +22,8 @@ from lora_alpaca import models
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.errors import AdapterError, ConfigError, ModelError
 from lora_alpaca.models import Base
-from lora_alpaca.options import user_path
 from lora_alpaca.skeletons import is_linear
+from lora_alpaca.storage.paths import user_path
 
 PICKLE = "adapter_model.bin"
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"  # the names that PEFT reads

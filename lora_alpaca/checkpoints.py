@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from lora_alpaca import folders, storage
 from lora_alpaca.adapters import SETTINGS, WEIGHTS, State
 from lora_alpaca.errors import CheckpointError, ConfigError, TrainingError
-from lora_alpaca.folders import CHECKPOINT_FILES
-from lora_alpaca.options import user_path
+from lora_alpaca.storage import atomic, output_folder
+from lora_alpaca.storage.output_folder import MANIFEST
+from lora_alpaca.storage.paths import files_below, read_json, sha256, user_path
 
 OPTIMIZER, BEST, STATE = "optimizer.safetensors", "best.safetensors", "state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -54,23 +54,23 @@ def save(output_dir: Path, run: str, checkpoint: Checkpoint, settings: dict[str,
                 "go on from the one before with --resume --allow_change learning_rate"
             )
     contents = {
-        WEIGHTS: storage.as_tensors(checkpoint.adapter),
-        SETTINGS: storage.as_json(settings),
-        OPTIMIZER: storage.as_tensors(checkpoint.optimizer),
-        STATE: storage.as_json(checkpoint.facts),
+        WEIGHTS: atomic.as_tensors(checkpoint.adapter),
+        SETTINGS: atomic.as_json(settings),
+        OPTIMIZER: atomic.as_tensors(checkpoint.optimizer),
+        STATE: atomic.as_json(checkpoint.facts),
     }
     if checkpoint.best:
-        contents[BEST] = storage.as_tensors(checkpoint.best)
+        contents[BEST] = atomic.as_tensors(checkpoint.best)
     files = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in contents.items()}
     folder = output_dir / f"checkpoint-{step}"
-    with storage.staged(folder) as stage:
+    with atomic.staging_folder(folder) as stage:
         for name, data in contents.items():
-            storage.write(stage / name, data)
-        storage.write(stage / CHECKPOINT_FILES, storage.as_json({"run": run, "step": step, "files": files}))
-        storage.settle(stage)
+            atomic.write(stage / name, data)
+        atomic.write(stage / MANIFEST, atomic.as_json({"run": run, "step": step, "files": files}))
+        atomic.fsync_tree(stage)
         if folder.exists():  # nothing that this run made: those were set aside when it went on
-            folders.set_aside(folder, "left")
-        storage.rename(stage, folder)
+            output_folder.rename_aside(folder, "left")
+        atomic.rename(stage, folder)
     return folder
 
 
@@ -87,24 +87,24 @@ def rotate(output_dir: Path, run: str, keep: int) -> None:
 
 def remove(folder: Path) -> None:
     """Remove a checkpoint. If that is interrupted, what is left does not look like one."""
-    listed = folders.read_json(folder / CHECKPOINT_FILES).get("files", {})
-    if set(storage.files_below(folder)) <= {*listed, CHECKPOINT_FILES}:
+    listed = read_json(folder / MANIFEST).get("files", {})
+    if set(files_below(folder)) <= {*listed, MANIFEST}:
         hidden = folder.with_name(f".{folder.name}.removed")
-        storage.clear(hidden)
-        storage.rename(folder, hidden)
+        atomic.remove_tree(hidden)
+        atomic.rename(folder, hidden)
         folder = hidden
-    folders.remove_checkpoint(folder)  # a file of the user's own in it stays
+    output_folder.remove_checkpoint(folder)  # a file of the user's own in it stays
 
 
 def sweep(output_dir: Path) -> None:
     """Remove what saves and removals that were interrupted have left hidden in a folder of ours."""
     for path in output_dir.glob(".*"):
         if path.is_dir() and _REMAINS.fullmatch(path.name):
-            storage.clear(path)
+            atomic.remove_tree(path)
 
 
 def _run(folder: Path) -> str:
-    return str(folders.read_json(folder / CHECKPOINT_FILES).get("run", ""))
+    return str(read_json(folder / MANIFEST).get("run", ""))
 
 
 def _folders(output_dir: Path) -> list[Path]:
@@ -127,13 +127,13 @@ def _step(folder: Path) -> int:
 def damage(folder: Path) -> str:
     """Return what is wrong with a checkpoint, or nothing if every file has the size and hash of its manifest."""
     try:
-        files = json.loads((folder / CHECKPOINT_FILES).read_text(encoding="utf-8"))["files"]
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         for name in (WEIGHTS, SETTINGS, OPTIMIZER, STATE, *files):
             path, facts = folder / name, files[name]
-            if not path.is_file() or path.stat().st_size != facts["bytes"] or storage.sha256(path) != facts["sha256"]:
+            if not path.is_file() or path.stat().st_size != facts["bytes"] or sha256(path) != facts["sha256"]:
                 return f"{name} is missing or damaged"
     except (OSError, ValueError, KeyError, TypeError):
-        return f"{CHECKPOINT_FILES} is missing or damaged"
+        return f"{MANIFEST} is missing or damaged"
     return ""
 
 
@@ -165,7 +165,9 @@ def make_newest(output_dir: Path, chosen: Path | None) -> list[str]:
         step = _step(chosen)
     for folder in _folders(output_dir):
         if _step(folder) > step:
-            said.append(f"{folder} is now {folders.set_aside(folder, 'damaged' if damage(folder) else 'left').name}")
+            said.append(
+                f"{folder} is now {output_folder.rename_aside(folder, 'damaged' if damage(folder) else 'left').name}"
+            )
     return said
 
 
@@ -174,7 +176,7 @@ def named(path: str) -> Path:
     folder = user_path(path)
     if not folder.is_dir():
         raise ConfigError(f"--resume_from_checkpoint {path}: no such folder")
-    if not (folder / CHECKPOINT_FILES).is_file():
+    if not (folder / MANIFEST).is_file():
         hint = (
             f"; to start from these weights with a fresh optimizer: --init_adapter {path}"
             if (folder / SETTINGS).is_file()

@@ -19,7 +19,7 @@ from lora_alpaca.config import ConvertConfig, ExportConfig, FinetuneConfig, Gene
 from lora_alpaca.environment import check_libraries
 from lora_alpaca.errors import ConfigError, LoraAlpacaError
 from lora_alpaca.options import Options
-from lora_alpaca.stopping import Interrupted, Stop
+from lora_alpaca.signals import Interrupted, Stop
 
 Config = TypeVar("Config", bound=Options)
 

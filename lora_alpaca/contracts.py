@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_alpaca import folders
 from lora_alpaca.encoding import Encoder
 from lora_alpaca.errors import ContractError, TemplateError
 from lora_alpaca.examples import Examples
@@ -25,6 +24,7 @@ from lora_alpaca.prompts import (
     load_template,
     template_from_json,
 )
+from lora_alpaca.storage.paths import read_json
 from lora_alpaca.tokenization import fingerprint
 
 FILE = "prompt_contract.json"
@@ -135,7 +135,7 @@ def read(folder: Path) -> Contract | None:
     path = folder / FILE
     if not path.exists():
         return None
-    content = folders.read_json(path)
+    content = read_json(path)
     try:
         if content["format"] != FORMAT:
             raise ContractError(f"{path}: format {content['format']}, which this version of lora_alpaca cannot read")

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from lora_alpaca import adapters, folders, storage
+from lora_alpaca import adapters
 from lora_alpaca.adapters import PICKLE, SETTINGS, WEIGHTS, State
 from lora_alpaca.config import ConvertConfig
 from lora_alpaca.errors import AdapterError, FolderError
-from lora_alpaca.options import user_path
+from lora_alpaca.storage import atomic, output_folder
+from lora_alpaca.storage.paths import user_path
 
 NAME = re.compile(
     r"(base_model\.model\.(?:.+\.)?([^.]+)\.)lora_(A|B)(?:\.default)?\.weight"
@@ -41,11 +42,11 @@ def convert_adapter(config: ConvertConfig) -> Path:
     adapters.check_tensors(state, str(old / PICKLE))
     _check_shapes(state, settings, str(old / PICKLE))
 
-    with folders.staged(new) as stage:
-        storage.write(stage / WEIGHTS, storage.as_tensors(state))
-        storage.write(stage / SETTINGS, storage.as_json(settings))
-        storage.settle(stage)
-        folders.publish(stage, new, overwrite=False)
+    with output_folder.staging_folder(new) as stage:
+        atomic.write(stage / WEIGHTS, atomic.as_tensors(state))
+        atomic.write(stage / SETTINGS, atomic.as_json(settings))
+        atomic.fsync_tree(stage)
+        output_folder.move_into_place(stage, new, overwrite=False)
     print(f"{len(state)} tensors of {old / PICKLE} written to {new}")
     return new
 

@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 
-from lora_alpaca import adapters, contracts, fingerprints, folders, memory, models, records, skeletons, storage
+from lora_alpaca import adapters, contracts, fingerprints, memory, models, records, skeletons
 from lora_alpaca.config import ExportConfig
 from lora_alpaca.encoding import Encoder
 from lora_alpaca.errors import AdapterError, ExportError, FolderError, ModelError
 from lora_alpaca.models import DTYPES, Base, Placement
-from lora_alpaca.options import user_path
 from lora_alpaca.prompts import AnyTemplate, Conversation
 from lora_alpaca.skeletons import gigabytes
+from lora_alpaca.storage import atomic, output_folder
+from lora_alpaca.storage.paths import files_below, user_path
 
 PROBES = [
     ("Tell me about alpacas.", ""),
@@ -41,7 +42,7 @@ def export_hf(config: ExportConfig) -> Path:
             f"--lora_weights {adapter}: no adapter there; train one first: python finetune.py --output_dir {adapter}"
         )
     adapters.check_folder("--lora_weights", adapter)
-    folders.check(output_dir, config.overwrite, "remove it, or pass --overwrite")
+    output_folder.check(output_dir, config.overwrite, "remove it, or pass --overwrite")
     origin = records.read_origin(adapter)
     template = records.agreed_template(config.prompt_template, origin.contract, str(adapter))
     if origin.contract is None:
@@ -82,10 +83,10 @@ def export_hf(config: ExportConfig) -> Path:
     stop_ids = contracts.stop_ids(merged.generation_config.eos_token_id, tokenizer, template)
     merged.generation_config.eos_token_id = stop_ids or None
     contract = origin.contract.content if origin.contract else contracts.draw_up(tokenizer, template, stop_ids)
-    with folders.staged(output_dir) as stage:
+    with output_folder.staging_folder(output_dir) as stage:
         merged.save_pretrained(stage)
         tokenizer.save_pretrained(stage)
-        storage.write(stage / contracts.FILE, storage.as_json(contract))
+        atomic.write(stage / contracts.FILE, atomic.as_json(contract))
         record = {
             "kind": "merged model",
             "status": "finished",
@@ -96,11 +97,11 @@ def export_hf(config: ExportConfig) -> Path:
             "receipt": receipt,
             "weights": fingerprints.weight_hashes(replace(base, path=str(stage), revision=None)),
             "versions": records.versions(),
-            "files": sorted({*storage.files_below(stage)} - {storage.LOCK}),
+            "files": sorted({*files_below(stage)} - {atomic.LOCK}),
         }
-        storage.write(stage / folders.RECORD, storage.as_json(record))
-        storage.settle(stage)
-        said = folders.publish(stage, output_dir, config.overwrite)
+        atomic.write(stage / output_folder.RECORD, atomic.as_json(record))
+        atomic.fsync_tree(stage)
+        said = output_folder.move_into_place(stage, output_dir, config.overwrite)
     print(*said, _summary(receipt), f"merged model saved in {output_dir}", sep="\n")
     return output_dir
 

@@ -15,10 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from lora_alpaca import folders, models, storage
+from lora_alpaca import models
 from lora_alpaca.errors import ModelError
 from lora_alpaca.models import Base
-from lora_alpaca.options import user_cache
+from lora_alpaca.storage import output_folder
+from lora_alpaca.storage.paths import read_json, sha256, user_cache
 
 CACHE = "file_hashes.json"
 THREADS = min(8, 2 * (os.cpu_count() or 1))
@@ -32,7 +33,7 @@ def base_fingerprint(base: Base) -> str:
     Equal for a folder, its copy under another name, and the same files on the hub; another one for the same weights
     in other files (split differently, or stored in another dtype).
     """
-    config = folders.read_json(models.config_file(base))
+    config = read_json(models.config_file(base))
     facts = {
         "config": {key: value for key, value in config.items() if key not in WRITER},
         "weights": weight_hashes(base),
@@ -47,7 +48,7 @@ def weight_hashes(base: Base) -> dict[str, str]:
     """
     files = models.weight_files(base)
     found = dict(zip((path.name for path in files), hashes(files), strict=True))
-    exported = folders.read_record(files[0].parent).get("weights", found)
+    exported = output_folder.read_record(files[0].parent).get("weights", found)
     for name in (name for name in found if found[name] != exported.get(name)):
         raise ModelError(
             f"--base_model {base.name}: {name} is not as it was exported (its sha256 is another); export it again"
@@ -57,7 +58,7 @@ def weight_hashes(base: Base) -> dict[str, str]:
 
 def hashes(paths: Sequence[Path]) -> list[str]:
     """Return the sha256 of files, side by side: from their names in the hub's cache, from ours, or by reading them."""
-    kept = folders.read_json(user_cache() / CACHE)
+    kept = read_json(user_cache() / CACHE)
     with ThreadPoolExecutor(THREADS) as pool:  # some read while others hash; neither needs Python's lock
         found = list(pool.map(lambda path: _hash(path, kept), paths))
     learned = {path: facts for path, facts in found if kept.get(path, facts) != facts or path not in kept}
@@ -76,7 +77,7 @@ def _hash(path: Path, kept: dict[str, Any]) -> tuple[str, list[Any]]:
     before = kept.get(str(real))
     if isinstance(before, list) and before[:2] == facts and len(before) == 3:
         return str(real), before
-    return str(real), [*facts, storage.sha256(real)]
+    return str(real), [*facts, sha256(real)]
 
 
 def _is_fresh(facts: list[Any]) -> bool:
@@ -88,7 +89,7 @@ def _keep(learned: dict[str, Any]) -> None:
     folder = user_cache()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(folders.read_json(folder / CACHE) | learned)
+        text = json.dumps(read_json(folder / CACHE) | learned)
         with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".partial-", delete=False) as file:
             file.write(text)
         os.replace(file.name, folder / CACHE)

@@ -16,15 +16,16 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from lora_alpaca import adapters, contracts, fingerprints, folders, models, records, skeletons
+from lora_alpaca import adapters, contracts, fingerprints, models, records, skeletons
 from lora_alpaca.common_options import ADAPTER_DIR, DEMO
 from lora_alpaca.config import GenerateConfig
 from lora_alpaca.encoding import Encoder
 from lora_alpaca.errors import ConfigError
 from lora_alpaca.models import Base
-from lora_alpaca.options import user_path
 from lora_alpaca.prompts import AnyTemplate, Conversation, Message, load_template
 from lora_alpaca.records import Origin
+from lora_alpaca.storage import output_folder
+from lora_alpaca.storage.paths import user_path
 
 History = Sequence[tuple[str, str]]
 
@@ -266,7 +267,7 @@ def _model_alone(config: GenerateConfig, named: str) -> Source:
         _say(f"no adapter in {ADAPTER_DIR} yet: answering with the untrained demo base")
     base = models.locate_base(named or DEMO, config.revision, config.trust_remote_code)
     folder = Path(base.path)
-    origin = records.read_origin(folder) if folders.read_record(folder) else None
+    origin = records.read_origin(folder) if output_folder.read_record(folder) else None
     if origin is not None:
         fingerprints.weight_hashes(base)  # which checks them
     if named:

@@ -20,8 +20,8 @@ from lora_alpaca.errors import RankError, TrainingError
 from lora_alpaca.examples import Examples
 from lora_alpaca.planning import Plan
 from lora_alpaca.records import Run
+from lora_alpaca.signals import Interrupted, StepAbandoned
 from lora_alpaca.step import Learner, Step
-from lora_alpaca.stopping import Interrupted, StepAbandoned
 
 MOST_FAILED_SAVES = 3  # in a row
 MOST_OVERFLOWS = 50  # of fp16, in a row; a few are how it finds its loss scale

@@ -17,7 +17,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash, get_checkpo
 from lora_alpaca import quantization
 from lora_alpaca.common_options import DEMO, ModelOptions
 from lora_alpaca.errors import ConfigError, ModelError, one_line
-from lora_alpaca.options import user_path
+from lora_alpaca.storage.paths import user_path
 
 ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"  # of weights, as transformers looks for them
 VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")

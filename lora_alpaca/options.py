@@ -1,8 +1,6 @@
 """What an option is: a checked field with group, unit and meaning, in a config that tells all mistakes at once."""
 
 import difflib
-import os
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -20,16 +18,6 @@ def _names(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     return [name.strip().strip("'\"") for name in value.strip().strip("[]()").split(",") if name.strip()]
-
-
-def user_path(name: str) -> Path:
-    """Return the path that a user named, `~` expanded; that of an unknown user is a name like any other."""
-    return Path(os.path.expanduser(name))
-
-
-def user_cache() -> Path:
-    """Return the folder of ours in the user's cache; it need not be there yet."""
-    return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "lora_alpaca"
 
 
 def lower(value: Any) -> Any:

@@ -14,8 +14,8 @@ from lora_alpaca.common_options import DEMO, UPSTREAM_DATA
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.errors import ConfigError
 from lora_alpaca.models import Base, Placement
-from lora_alpaca.options import user_path
 from lora_alpaca.reports import Reporter
+from lora_alpaca.storage.paths import user_path
 
 
 @dataclass

@@ -18,15 +18,16 @@ from typing import Any
 
 import numpy as np
 
-from lora_alpaca import __version__, storage
+from lora_alpaca import __version__
 from lora_alpaca.common_options import DataOptions
 from lora_alpaca.data import Rows, uncollected
 from lora_alpaca.encoding import Encoded, Encoder
 from lora_alpaca.errors import DataError
 from lora_alpaca.examples import Builder, Examples
 from lora_alpaca.ledger import Ledger
-from lora_alpaca.options import user_cache, user_path
 from lora_alpaca.prompts import Conversation
+from lora_alpaca.storage import atomic
+from lora_alpaca.storage.paths import user_cache, user_path
 
 CHUNK = 1000  # rows encoded together
 THREADS = min(8, os.cpu_count() or 1)
@@ -239,8 +240,8 @@ def keep(folder: Path | None, key: str, prepared: Prepared) -> Prepared:
         (stage / LEDGER).write_text(json.dumps(prepared.ledger.to_json()), encoding="utf-8")
         if (folder / key).exists():  # of another process, or damaged
             shutil.rmtree(folder / key)
-        storage.settle(stage)
-        storage.rename(stage, folder / key)
+        atomic.fsync_tree(stage)
+        atomic.rename(stage, folder / key)
         _forget_oldest(folder)
     except OSError:
         if stage is not None:

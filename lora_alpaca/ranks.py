@@ -21,7 +21,7 @@ from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.errors import RankError
 from lora_alpaca.peers import ANOTHER, STOPPED, Peers, group_of_this_run
 from lora_alpaca.reports import Reporter, usable_tracker
-from lora_alpaca.stopping import Interrupted, Stop
+from lora_alpaca.signals import Interrupted, Stop
 
 Result = TypeVar("Result")
 

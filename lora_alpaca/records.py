@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_alpaca import __version__, adapters, checkpoints, contracts, fingerprints, folders, skeletons, storage
+from lora_alpaca import __version__, adapters, checkpoints, contracts, fingerprints, skeletons
 from lora_alpaca.adapters import State
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.contracts import Contract
@@ -18,6 +18,8 @@ from lora_alpaca.errors import AdapterError, TemplateError
 from lora_alpaca.ledger import Ledger
 from lora_alpaca.models import Base, Placement
 from lora_alpaca.prompts import AnyTemplate, load_template
+from lora_alpaca.storage import atomic, output_folder
+from lora_alpaca.storage.paths import files_below, read_json, sha256
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers")
 NOT_THE_RUN = {  # options that change what is shown or where, but no weight
@@ -112,25 +114,25 @@ class Adapter:
 
         All is written and flushed elsewhere first: files appear one by one, each whole, and count with the record.
         """
-        with storage.others_write(), storage.staged(output_dir / "final") as stage:
+        with atomic.rust_errors_as_oserror(), atomic.staging_folder(output_dir / "final") as stage:
             self.tokenizer.save_pretrained(stage)
-            storage.write(stage / adapters.SETTINGS, storage.as_json(self.settings))
-            storage.write(stage / contracts.FILE, storage.as_json(self.contract))
-            weights = storage.as_tensors(self.state)
-            storage.write(stage / adapters.WEIGHTS, weights)
-            storage.settle(stage)
-            files = storage.files_below(stage)
+            atomic.write(stage / adapters.SETTINGS, atomic.as_json(self.settings))
+            atomic.write(stage / contracts.FILE, atomic.as_json(self.contract))
+            weights = atomic.as_tensors(self.state)
+            atomic.write(stage / adapters.WEIGHTS, weights)
+            atomic.fsync_tree(stage)
+            files = files_below(stage)
             for name in files:
                 (output_dir / name).parent.mkdir(exist_ok=True)
-                storage.rename(stage / name, output_dir / name)
+                atomic.rename(stage / name, output_dir / name)
         result = {key: value for key, value in asdict(run).items() if key != "output_dir"}
         finished = {"status": "finished", "adapter_sha256": hashlib.sha256(weights).hexdigest(), "files": files}
-        storage.replace(output_dir / folders.RECORD, storage.as_json(self.record | finished | {"result": result}))
+        atomic.replace(output_dir / output_folder.RECORD, atomic.as_json(self.record | finished | {"result": result}))
 
 
 def finished_run(output_dir: Path) -> Run:
     """Return the result that a finished folder remembers."""
-    return Run(output_dir, **folders.read_record(output_dir)["result"])
+    return Run(output_dir, **output_folder.read_record(output_dir)["result"])
 
 
 @dataclass(frozen=True)
@@ -153,14 +155,14 @@ def read_origin(folder: Path) -> Origin:
 
     Raises AdapterError for an adapter that was never finished, and for one that is damaged.
     """
-    if checkpoint := (folder / folders.CHECKPOINT_FILES).is_file() and (folder / checkpoints.STATE).is_file():
+    if checkpoint := (folder / output_folder.MANIFEST).is_file() and (folder / checkpoints.STATE).is_file():
         if reason := checkpoints.damage(folder):
             raise AdapterError(f"{folder}: {reason}; take another checkpoint")
-        record = folders.read_json(folder / checkpoints.STATE)["record"]
-    elif (folder / folders.RECORD).is_file():
-        record = folders.read_record(folder)
+        record = read_json(folder / checkpoints.STATE)["record"]
+    elif (folder / output_folder.RECORD).is_file():
+        record = output_folder.read_record(folder)
         if not record:
-            raise AdapterError(f"{folder / folders.RECORD}: damaged; copy the folder again")
+            raise AdapterError(f"{folder / output_folder.RECORD}: damaged; copy the folder again")
     else:
         settings = adapters.read_settings(folder)
         return Origin(settings.get("base_model_name_or_path") or "", settings.get("revision"), contracts.read(folder))
@@ -181,7 +183,7 @@ def check_adapter(folder: Path, origin: Origin, base: Base) -> list[str]:
     It is whole, finite, as it was saved and not a no-op, which only a checkpoint may be; and made for these weights.
     """
     tensors = adapters.read(folder, may_do_nothing=origin.checkpoint)
-    if origin.adapter_sha256 not in (None, storage.sha256(folder / adapters.WEIGHTS)):
+    if origin.adapter_sha256 not in (None, sha256(folder / adapters.WEIGHTS)):
         raise AdapterError(f"{folder / adapters.WEIGHTS}: not as it was saved (its sha256 is another); copy it again")
     if (skeleton := skeletons.skeleton(base)) is not None:
         adapters.check_fit(skeleton, folder, tensors, f"{folder}, made for {origin.base_model}, on {base.name}")

@@ -4,7 +4,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lora_alpaca import adapters, checkpoints, folders, planning, records
+from lora_alpaca import adapters, checkpoints, planning, records
 from lora_alpaca.checkpoints import Checkpoint
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.errors import CheckpointError
@@ -13,16 +13,17 @@ from lora_alpaca.planning import Plan
 from lora_alpaca.prompts import AnyTemplate, template_from_json
 from lora_alpaca.reports import Reporter
 from lora_alpaca.step import Learner
+from lora_alpaca.storage import output_folder
 
 SHAPE = {"lora_r", "lora_target_modules", "use_dora"}  # what the tensors of a checkpoint were made for
 
 
 def find(config: FinetuneConfig, output_dir: Path, reporter: Reporter) -> Path | None:
     """Return the checkpoint folder to go on from, or None for a fresh start, for which the output folder is checked."""
-    folders.check_lock(output_dir)
+    output_folder.check_lock(output_dir)
     if config.resume_from_checkpoint:
         folder = checkpoints.named(config.resume_from_checkpoint)
-        folders.check(output_dir, overwrite=folders.standing(output_dir) == "unfinished", ways_on="")
+        output_folder.check(output_dir, overwrite=output_folder.folder_status(output_dir) == "unfinished", ways_on="")
         return folder
     if config.resume:
         newest, passed = checkpoints.newest(output_dir)
@@ -31,7 +32,7 @@ def find(config: FinetuneConfig, output_dir: Path, reporter: Reporter) -> Path |
             reporter.say(f"resuming from {newest}")
             return newest
     ways_on = "go on with --resume, or start anew with --overwrite"
-    folders.check(output_dir, config.overwrite or config.resume, ways_on)
+    output_folder.check(output_dir, config.overwrite or config.resume, ways_on)
     if config.resume:
         reporter.say("--resume: no checkpoint yet; starting fresh")
     return None

@@ -7,14 +7,15 @@ from collections.abc import Iterator, Sequence
 from itertools import cycle, groupby
 from pathlib import Path
 
-from lora_alpaca import models, storage
+from lora_alpaca import models
 from lora_alpaca.common_options import DEMO
 from lora_alpaca.config import ShowConfig
 from lora_alpaca.data import Rows
 from lora_alpaca.encoding import Encoded, Encoder
 from lora_alpaca.errors import ConfigError, FolderError
-from lora_alpaca.options import user_path
 from lora_alpaca.prompts import Conversation, fitting_template, load_template
+from lora_alpaca.storage import atomic
+from lora_alpaca.storage.paths import user_path
 
 ROWS_ON_A_PAGE = 100
 _MARK = "<!-- lora-alpaca show -->"
@@ -43,7 +44,7 @@ def show(config: ShowConfig) -> None:
         coloured = "NO_COLOR" not in os.environ and (sys.stdout.isatty() or "FORCE_COLOR" in os.environ)
         print(*(_in_terminal(row, encoded, encoder, coloured) for row, encoded in pairs), sep="\n\n")
         return
-    storage.replace(target, page(title, pairs, encoder).encode())
+    atomic.replace(target, page(title, pairs, encoder).encode())
     print(f"{len(pairs)} rows written to {target}")
 
 

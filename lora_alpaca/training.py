@@ -8,19 +8,7 @@ from typing import Any
 
 import torch
 
-from lora_alpaca import (
-    adapters,
-    checkpoints,
-    contracts,
-    data,
-    folders,
-    models,
-    planning,
-    preparation,
-    records,
-    resuming,
-    storage,
-)
+from lora_alpaca import adapters, checkpoints, contracts, data, models, planning, preparation, records, resuming
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.data import Rows
 from lora_alpaca.encoding import Encoder
@@ -28,15 +16,16 @@ from lora_alpaca.engine import Settings, fitted
 from lora_alpaca.errors import DataError, TrainingError
 from lora_alpaca.fingerprints import base_fingerprint
 from lora_alpaca.loop import Loop, Progress
-from lora_alpaca.options import user_path
 from lora_alpaca.planning import Plan
 from lora_alpaca.preparation import Prepared
 from lora_alpaca.prompts import AnyTemplate, fitting_template, load_template
 from lora_alpaca.ranks import Ranks
 from lora_alpaca.records import Adapter, Run
 from lora_alpaca.reports import minutes
+from lora_alpaca.signals import Interrupted, Stop
 from lora_alpaca.step import Learner
-from lora_alpaca.stopping import Interrupted, Stop
+from lora_alpaca.storage import atomic, output_folder
+from lora_alpaca.storage.paths import user_path
 from lora_alpaca.tokenization import fingerprint
 
 
@@ -53,9 +42,9 @@ def finetune(config: FinetuneConfig, rows: Rows | None = None) -> Run:
     with stop.watching(), Ranks(config, stop) as ranks, ExitStack() as until_trained:
         say = ranks.reporter.say
         output_dir = user_path(config.output_dir)
-        if config.resume and folders.read_record(output_dir).get("status") == "finished":
+        if config.resume and output_folder.read_record(output_dir).get("status") == "finished":
             if ranks.first:
-                folders.check_lock(output_dir)
+                output_folder.check_lock(output_dir)
             say(f"{output_dir}: this run is already finished")
             return records.finished_run(output_dir)
         checkpoint_dir = ranks.first_says(lambda: resuming.find(config, output_dir, ranks.reporter))
@@ -103,7 +92,7 @@ def finetune(config: FinetuneConfig, rows: Rows | None = None) -> Run:
             model = adapters.load(model, start, trainable=True, dropout=config.lora_dropout)
         else:
             model = adapters.attach(model, config, base)
-        folders.check_space(output_dir, _bytes_written(model, config, plan))
+        output_folder.check_space(output_dir, _bytes_written(model, config, plan))
         if not resumed or planning.ENGINE_OPTIONS & changed.keys():
             planning.resolve_engine(config, plan, model, ranks.device, train.lengths, ranks.world_size)
         if plan.gradient_checkpointing:
@@ -134,12 +123,12 @@ def finetune(config: FinetuneConfig, rows: Rows | None = None) -> Run:
 
         ranks.wait()  # until all have looked at the folder that the first now makes its own
         if ranks.first:
-            goes_on = not config.overwrite and folders.standing(output_dir) == "unfinished"
-            with folders.writing(output_dir):
-                say(*until_trained.enter_context(folders.occupied(output_dir, config.overwrite, goes_on)))
+            goes_on = not config.overwrite and output_folder.folder_status(output_dir) == "unfinished"
+            with output_folder.disk_errors_named(output_dir):
+                say(*until_trained.enter_context(output_folder.locked_for_run(output_dir, config.overwrite, goes_on)))
                 checkpoints.sweep(output_dir)
                 say(*checkpoints.make_newest(output_dir, checkpoint_dir))
-                storage.replace(output_dir / folders.RECORD, storage.as_json(record))
+                atomic.replace(output_dir / output_folder.RECORD, atomic.as_json(record))
         ranks.start_tracker(config, model, resumed.facts["tracker"] if resumed else "")
 
         with stop.patient():

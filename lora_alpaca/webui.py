@@ -25,7 +25,7 @@ from lora_alpaca.common_options import ADAPTER_DIR, DEMO
 from lora_alpaca.config import GenerateConfig
 from lora_alpaca.errors import ConfigError, LoraAlpacaError
 from lora_alpaca.generation import Generator
-from lora_alpaca.options import user_path
+from lora_alpaca.storage.paths import user_path
 
 TITLE = "LoRA Alpaca"
 PORTS = range(7860, 7960)  # tried in turn when none is asked for

@@ -12,10 +12,12 @@ from conftest import as_row
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from lora_alpaca import FinetuneConfig, adapters, finetune, folders, models, records, skeletons, storage
+from lora_alpaca import FinetuneConfig, adapters, finetune, models, records, skeletons
 from lora_alpaca.config import ConvertConfig
 from lora_alpaca.converting import convert_adapter
 from lora_alpaca.errors import AdapterError
+from lora_alpaca.storage import atomic, output_folder
+from lora_alpaca.storage.paths import sha256
 
 WEIGHTS, SETTINGS = adapters.WEIGHTS, adapters.SETTINGS
 COMMANDS = ("finetune", "generate", "export")
@@ -97,10 +99,8 @@ def rebased(change):
 
 
 def _recorded(folder):
-    record = folders.read_record(folder)
-    storage.replace(
-        folder / folders.RECORD, storage.as_json(record | {"adapter_sha256": storage.sha256(folder / WEIGHTS)})
-    )
+    record = output_folder.read_record(folder)
+    atomic.replace(folder / output_folder.RECORD, atomic.as_json(record | {"adapter_sha256": sha256(folder / WEIGHTS)}))
 
 
 def _pickled(folder, base):
@@ -109,7 +109,9 @@ def _pickled(folder, base):
 
 
 def _unfinished(folder, base):
-    storage.replace(folder / folders.RECORD, storage.as_json(folders.read_record(folder) | {"status": "running"}))
+    atomic.replace(
+        folder / output_folder.RECORD, atomic.as_json(output_folder.read_record(folder) | {"status": "running"})
+    )
 
 
 def _base_as_adapter(folder, base):
@@ -169,7 +171,7 @@ KINDS = {
         "describes no LoRA adapter (peft_type is IA3)",
     ),
     "settings without a rank": (written(SETTINGS, lambda data: data.replace(b'"r": 8', b'"r": 0')), "r is 0; the file"),
-    "a record cut short": (written(folders.RECORD, lambda data: data[:40]), "lora_alpaca.json: damaged"),
+    "a record cut short": (written(output_folder.RECORD, lambda data: data[:40]), "lora_alpaca.json: damaged"),
     "no settings": (lambda folder, base: (folder / SETTINGS).unlink(), "no adapter there (adapter_config.json is mis"),
     "no folder": (lambda folder, base: shutil.rmtree(folder), "no adapter there"),
     "a base model": (_base_as_adapter, "it is a model; name it with --base_model"),
@@ -214,8 +216,8 @@ def test_a_base_that_was_moved_is_the_same(command, there, tmp_path, data_path, 
 
 def test_weights_changed_in_place_are_noticed(there, tmp_path, data_path, tiny_llama):
     base = shutil.copytree(tiny_llama, tmp_path / "base")
-    record = folders.read_record(there)
-    storage.replace(there / folders.RECORD, storage.as_json(record | {"base_model": str(base)}))
+    record = output_folder.read_record(there)
+    atomic.replace(there / output_folder.RECORD, atomic.as_json(record | {"base_model": str(base)}))
     given = words("export", there, tmp_path, data_path)
     assert run("export", *given).code == 0
     written("model.safetensors", _flip)(base, base)
@@ -226,7 +228,7 @@ def test_weights_changed_in_place_are_noticed(there, tmp_path, data_path, tiny_l
 def test_of_a_foreign_adapter_names_and_shapes_are_checked_and_that_is_said(
     command, there, tmp_path, data_path, tiny_llama, tiny_model
 ):
-    for name in (folders.RECORD, "prompt_contract.json"):
+    for name in (output_folder.RECORD, "prompt_contract.json"):
         (there / name).unlink()
     template = [] if command == "finetune" else ["--prompt_template", "alpaca"]
     result = run(command, *words(command, there, tmp_path, data_path, tiny_llama), *template)
@@ -247,9 +249,9 @@ def test_a_checkpoint_that_is_whole_is_an_adapter_even_if_it_changes_nothing(
     state = {name: tensor * ("lora_B" not in name) for name, tensor in load_file(folder / WEIGHTS).items()}
     save_file(state, folder / WEIGHTS)
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"][WEIGHTS]["sha256"] = storage.sha256(folder / WEIGHTS)
+    manifest["files"][WEIGHTS]["sha256"] = sha256(folder / WEIGHTS)
     manifest["files"][WEIGHTS]["bytes"] = (folder / WEIGHTS).stat().st_size
-    storage.replace(folder / "manifest.json", storage.as_json(manifest))
+    atomic.replace(folder / "manifest.json", atomic.as_json(manifest))
     template = [] if command == "finetune" else ["--prompt_template", "alpaca"]
     result = run(command, *words(command, folder, tmp_path, data_path, tiny_llama), *template)
     assert result.code == 0, result.err

@@ -16,7 +16,7 @@ from catalogue import ENTRIES, cases, entry
 from command import refused, run
 from faults import programme
 
-from lora_alpaca import FinetuneConfig, finetune, folders, storage
+from lora_alpaca import FinetuneConfig, finetune
 from lora_alpaca.common_options import DataOptions
 from lora_alpaca.data import Rows
 from lora_alpaca.data.files import read_file
@@ -24,6 +24,7 @@ from lora_alpaca.encoding import Encoder
 from lora_alpaca.errors import DataError, ModelError
 from lora_alpaca.preparation import prepare
 from lora_alpaca.prompts import Conversation, load_template
+from lora_alpaca.storage import atomic, output_folder
 
 ROW = {"instruction": "Greet.", "input": "", "output": "Hello."}
 LINE = json.dumps(ROW)
@@ -407,13 +408,13 @@ def trained(tiny_llama, rows, tmp_path_factory):
 
 @entry("A42")
 def test_a_file_that_changes_before_a_resume(trained, tiny_llama, rows, number):
-    record = folders.read_record(trained / "out")
+    record = output_folder.read_record(trained / "out")
     running = {key: value for key, value in record.items() if key != "files"} | {"status": "running"}
-    storage.replace(trained / "out" / folders.RECORD, storage.as_json(running))
+    atomic.replace(trained / "out" / output_folder.RECORD, atomic.as_json(running))
     content = json.loads((trained / "rows.json").read_text())
     changed = written(trained, json.dumps([*content[:-1], content[-1] | {"output": "changed"}]))
     result = finetuned(changed, tiny_llama, "--resume", "--max_steps", "2", "--batch_size", "2")
-    storage.replace(trained / "out" / folders.RECORD, storage.as_json(record))
+    atomic.replace(trained / "out" / output_folder.RECORD, atomic.as_json(record))
     assert result.code == 1
     assert re.fullmatch(r"error: --resume: this is another run \(.*data_sha256 was .+ and is .+\n", result.err)
 

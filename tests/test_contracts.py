@@ -7,8 +7,10 @@ import pytest
 from command import run
 from conftest import as_row
 
-from lora_alpaca import FinetuneConfig, contracts, finetune, folders, storage
+from lora_alpaca import FinetuneConfig, contracts, finetune
 from lora_alpaca.errors import ContractError
+from lora_alpaca.storage import output_folder
+from lora_alpaca.storage.paths import sha256
 
 ASK = ("--instruction", "Where does the owl live?", "--max_new_tokens", 3, "--temperature", 0)
 
@@ -107,7 +109,7 @@ def test_the_merged_folder_keeps_the_contract(adapter, tmp_path):
 
     weights = adapter / "adapter_model.safetensors"
     save_file({name: tensor + 0.01 for name, tensor in load_file(weights).items()}, weights)
-    edit(adapter / folders.RECORD, lambda content: content.update(adapter_sha256=storage.sha256(weights)))
+    edit(adapter / output_folder.RECORD, lambda content: content.update(adapter_sha256=sha256(weights)))
     assert run("export", "--lora_weights", adapter, "--output_dir", tmp_path / "merged").code == 0
     assert run("generate", "--base_model", tmp_path / "merged", *ASK).code == 0
     edit(tmp_path / "merged" / contracts.FILE, lambda content: content["golden"][0]["tokens"].__setitem__(5, "other"))

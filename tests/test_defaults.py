@@ -7,8 +7,9 @@ import pytest
 import torch
 from command import refused, run
 
-from lora_alpaca import data, folders, models, planning, storage
+from lora_alpaca import data, models, planning
 from lora_alpaca.config import FinetuneConfig, GenerateConfig
+from lora_alpaca.storage import atomic, output_folder
 
 SHORT = ["--max_steps", "1", "--batch_size", "2", "--val_set_size", "2", "--cutoff_len", "96"]
 ASK = ["--instruction", "Hello.", "--max_new_tokens", "2", "--temperature", "0"]
@@ -82,7 +83,7 @@ def test_a_device_that_is_not_there():
 def test_finetune_with_nothing_named_trains_the_demo():
     result = run("finetune", "--max_steps", "1")
     assert result.code == 0, result.err
-    record = folders.read_record(models.Path("lora-alpaca"))
+    record = output_folder.read_record(models.Path("lora-alpaca"))
     assert (record["base_model"], record["options"]["data_path"]) == ("demo", "demo")
     recipe = json.loads((models.demo_base().parent / "recipe.json").read_text())
     assert record["options"]["learning_rate"] == recipe["learning_rate"]
@@ -91,9 +92,9 @@ def test_finetune_with_nothing_named_trains_the_demo():
 
 def test_the_recipe_yields_to_what_is_said_and_stays_with_the_demo(train):
     run("finetune", *SHORT, "--learning_rate", "1e-4", "--output_dir", "a")
-    assert folders.read_record(models.Path("a"))["options"]["learning_rate"] == 1e-4
+    assert output_folder.read_record(models.Path("a"))["options"]["learning_rate"] == 1e-4
     train("--output_dir", "b")
-    assert folders.read_record(models.Path("b"))["options"]["learning_rate"] == 3e-4
+    assert output_folder.read_record(models.Path("b"))["options"]["learning_rate"] == 3e-4
 
 
 def test_base_model_only_asks_for_upstreams_data_and_offline_says_what_to_pass(tiny_llama):
@@ -120,7 +121,11 @@ def test_three_rows_are_enough(tmp_path):
 def test_a_finished_run_in_the_way_is_set_aside(train):
     assert train().code == 0
     assert "they are now in" in train().out
-    assert folders.standing(models.Path("lora-alpaca")) == folders.standing(models.Path("lora-alpaca.1")) == "finished"
+    assert (
+        output_folder.folder_status(models.Path("lora-alpaca"))
+        == output_folder.folder_status(models.Path("lora-alpaca.1"))
+        == "finished"
+    )
 
 
 def test_an_unfinished_run_in_the_way_is_refused_with_the_two_ways_on(train):
@@ -168,7 +173,7 @@ def test_an_output_dir_that_is_a_file(train):
 
 def unfinished(folder):
     models.Path(folder).mkdir()
-    storage.replace(models.Path(folder) / folders.RECORD, storage.as_json({"status": "running", "kind": "adapter"}))
+    atomic.replace(models.Path(folder) / output_folder.RECORD, atomic.as_json({"status": "running", "kind": "adapter"}))
 
 
 def test_resume_without_a_checkpoint_starts_fresh(train):
@@ -322,7 +327,7 @@ def test_a_base_from_the_hub_is_pinned_to_its_commit(tiny_llama, data_path, tmp_
     hub = {"HF_HUB_CACHE": str(tmp_path / "cache")}
     words = ["--base_model", "someone/tiny", "--data_path", data_path, *SHORT, "--load_8bit", "False"]
     run_script("finetune.py", *words, cwd=tmp_path, check=True, **hub)
-    record = folders.read_record(tmp_path / "lora-alpaca")
+    record = output_folder.read_record(tmp_path / "lora-alpaca")
     assert (record["base_model"], record["base_revision"]) == ("someone/tiny", commit)
     (cached / "refs" / "main").write_text("f" * 40)  # the branch has moved on; the recorded commit has not
     answered = run_script("generate.py", *ASK, cwd=tmp_path, check=True, **hub)

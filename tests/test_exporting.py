@@ -5,8 +5,10 @@ import torch
 from conftest import as_row
 from safetensors.torch import load_file, save_file
 
-from lora_alpaca import ExportConfig, FinetuneConfig, adapters, export_hf, finetune, folders, storage
+from lora_alpaca import ExportConfig, FinetuneConfig, adapters, export_hf, finetune
 from lora_alpaca.errors import AdapterError, FolderError, ModelError
+from lora_alpaca.storage import atomic, output_folder
+from lora_alpaca.storage.paths import files_below, sha256
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +52,14 @@ def test_the_adapter_loads_with_plain_peft_and_the_merge_with_plain_transformers
 def test_the_merged_folder_has_tokenizer_template_and_stop_ids(adapter, tmp_path):
     """Upstream saves neither tokenizer nor template."""
     merged = export(adapter, tmp_path)
-    record = folders.read_record(merged)
+    record = output_folder.read_record(merged)
     contract = json.loads((merged / "prompt_contract.json").read_text())
     assert contract == json.loads((adapter / "prompt_contract.json").read_text())
     assert contract["template"]["prompt_input"].endswith("### Response:\n")
     assert record["stop_ids"] == [2]
     assert json.loads((merged / "generation_config.json").read_text())["eos_token_id"] in (2, [2])
     assert (merged / "tokenizer.json").is_file()
-    assert set(record["files"]) | {folders.RECORD} == set(storage.files_below(merged))
+    assert set(record["files"]) | {output_folder.RECORD} == set(files_below(merged))
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
@@ -76,8 +78,8 @@ def damaged(adapter, tmp_path, change):
     copy = tmp_path / "copy"
     shutil.copytree(adapter, copy)
     save_file(change(load_file(copy / "adapter_model.safetensors")), copy / "adapter_model.safetensors")
-    changed = {"adapter_sha256": storage.sha256(copy / "adapter_model.safetensors")}
-    storage.replace(copy / folders.RECORD, storage.as_json(folders.read_record(copy) | changed))
+    changed = {"adapter_sha256": sha256(copy / "adapter_model.safetensors")}
+    atomic.replace(copy / output_folder.RECORD, atomic.as_json(output_folder.read_record(copy) | changed))
     return copy
 
 
@@ -130,13 +132,13 @@ def test_overwrite(adapter, tmp_path):
     (tmp_path / "merged" / "notes.txt").write_text("mine")
     export(adapter, tmp_path, overwrite=True)
     assert (tmp_path / "merged" / "notes.txt").read_text() == "mine"
-    assert folders.standing(tmp_path / "merged") == "finished"
+    assert output_folder.folder_status(tmp_path / "merged") == "finished"
     assert not (tmp_path / "merged.1").exists()
 
 
 def test_a_run_that_never_finished_is_refused(adapter, tmp_path):
     copy = damaged(adapter, tmp_path, dict)
-    storage.replace(copy / folders.RECORD, storage.as_json(folders.read_record(copy) | {"status": "running"}))
+    atomic.replace(copy / output_folder.RECORD, atomic.as_json(output_folder.read_record(copy) | {"status": "running"}))
     with pytest.raises(AdapterError, match="never finished; go on with it"):
         export(copy, tmp_path)
 

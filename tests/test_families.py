@@ -5,8 +5,8 @@ import torch
 from command import run
 from test_training import flags, interrupt, same
 
-from lora_alpaca import folders
 from lora_alpaca.adapters import read
+from lora_alpaca.storage import output_folder
 
 FAMILIES = ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "OPT", "GPT2"]
 
@@ -30,7 +30,7 @@ def test_family(family, tiny_model, data_path, tmp_path):
 
     result = run("export", "--lora_weights", tmp_path / "adapter", "--output_dir", tmp_path / "merged")
     assert result.code == 0, result.err
-    receipt = folders.read_record(tmp_path / "merged")["receipt"]
+    receipt = output_folder.read_record(tmp_path / "merged")["receipt"]
     assert receipt["merge_error"] < 1e-4
     assert receipt["changed_weights"] > 0
     ask = ["--instruction", "Hello.", "--max_new_tokens", "4", "--temperature", "0", "--dtype", "fp32"]

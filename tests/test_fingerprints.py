@@ -8,9 +8,10 @@ import shutil
 import pytest
 import transformers
 
-from lora_alpaca import fingerprints, models, storage
+from lora_alpaca import fingerprints, models
 from lora_alpaca.fingerprints import base_fingerprint
-from lora_alpaca.options import user_cache
+from lora_alpaca.storage import atomic
+from lora_alpaca.storage.paths import sha256, user_cache
 
 
 @pytest.fixture(autouse=True)
@@ -79,10 +80,8 @@ def test_every_shard_counts(folder):
 
 def test_nothing_is_read_twice(folder, cache, monkeypatch):
     before = of(folder)
-    assert [facts[-1] for facts in json.loads(cache.read_text()).values()] == [
-        storage.sha256(folder / "model.safetensors")
-    ]
-    monkeypatch.setattr(storage, "sha256", lambda path: pytest.fail(f"{path} was read again"))
+    assert [facts[-1] for facts in json.loads(cache.read_text()).values()] == [sha256(folder / "model.safetensors")]
+    monkeypatch.setattr(atomic, "sha256", lambda path: pytest.fail(f"{path} was read again"))
     assert of(folder) == before
 
 
@@ -131,5 +130,5 @@ def test_files_from_the_hub_are_named_by_their_hash_and_not_read(folder, tmp_pat
         (snapshot / path.name).symlink_to(blob)
     base = models.Base("someone/tiny", "someone/tiny", commit, False, models.locate_base(str(folder)).config)
     monkeypatch.setattr(transformers.utils.hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(storage, "sha256", lambda path: pytest.fail(f"{path} was read"))
+    monkeypatch.setattr(atomic, "sha256", lambda path: pytest.fail(f"{path} was read"))
     assert base_fingerprint(base) == before

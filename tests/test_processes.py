@@ -24,11 +24,11 @@ from faults.running import forked, typed
 from faults.scene import Scene
 from faults.signals import judge_end, judge_resumed, too_long, twice
 
-from lora_alpaca import FinetuneConfig, stopping
+from lora_alpaca import FinetuneConfig, signals
 from lora_alpaca.errors import ConfigError, RankError
 from lora_alpaca.peers import ANOTHER, STOPPED, Peers, group_of_this_run
 from lora_alpaca.ranks import Ranks
-from lora_alpaca.stopping import Interrupted, StepAbandoned, Stop
+from lora_alpaca.signals import Interrupted, StepAbandoned, Stop
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are copies of this process")
 
@@ -136,8 +136,8 @@ def test_a_signal_only_asks_the_patient(stop):
 
 def test_a_second_signal_ends_the_process(stop, monkeypatch):
     codes = []
-    monkeypatch.setattr(stopping.os, "_exit", codes.append)
-    monkeypatch.setattr(stopping, "PASSED_ON", 0)
+    monkeypatch.setattr(signals.os, "_exit", codes.append)
+    monkeypatch.setattr(signals, "RELAY_WINDOW", 0)
     with stop.patient():
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)
@@ -145,8 +145,8 @@ def test_a_second_signal_ends_the_process(stop, monkeypatch):
 
 
 def test_the_same_ctrl_c_passed_on_by_torchrun_is_no_second_one(stop, monkeypatch):
-    monkeypatch.setattr(stopping.os, "_exit", lambda code: pytest.fail("ended"))
-    monkeypatch.setattr(stopping, "PASSED_ON", 60)
+    monkeypatch.setattr(signals.os, "_exit", lambda code: pytest.fail("ended"))
+    monkeypatch.setattr(signals, "RELAY_WINDOW", 60)
     with stop.patient():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
@@ -154,7 +154,7 @@ def test_the_same_ctrl_c_passed_on_by_torchrun_is_no_second_one(stop, monkeypatc
 
 
 def test_what_takes_too_long_after_a_signal_is_given_up(stop, monkeypatch):
-    monkeypatch.setattr(stopping, "GRACE", 0.1)
+    monkeypatch.setattr(signals, "GRACE", 0.1)
     with stop.patient(), pytest.raises(StepAbandoned), stop.may_abandon():
         signal.raise_signal(signal.SIGTERM)
         time.sleep(30)
@@ -168,7 +168,7 @@ def test_what_is_in_vain_is_given_up_at_once(stop):
 
 
 def test_what_may_not_be_abandoned_takes_its_time(stop, monkeypatch):
-    monkeypatch.setattr(stopping, "GRACE", 0.05)
+    monkeypatch.setattr(signals, "GRACE", 0.05)
     with stop.patient():
         signal.raise_signal(signal.SIGTERM)
         time.sleep(0.3)
@@ -176,10 +176,10 @@ def test_what_may_not_be_abandoned_takes_its_time(stop, monkeypatch):
 
 
 def test_signals_are_as_before_afterwards():
-    before = [signal.getsignal(number) for number in stopping.SIGNALS]
+    before = [signal.getsignal(number) for number in signals.SIGNALS]
     with Stop().watching():
-        assert [signal.getsignal(number) for number in stopping.SIGNALS] != before
-    assert [signal.getsignal(number) for number in stopping.SIGNALS] == before
+        assert [signal.getsignal(number) for number in signals.SIGNALS] != before
+    assert [signal.getsignal(number) for number in signals.SIGNALS] == before
 
 
 # --------------------------------------------------------------------------------------------------------- ranks

@@ -17,9 +17,10 @@ import pytest
 import torch
 from command import refused, run
 
-from lora_alpaca import checkpoints, folders, storage
+from lora_alpaca import checkpoints
 from lora_alpaca.checkpoints import Checkpoint
 from lora_alpaca.errors import CheckpointError, ConfigError, FolderError, TrainingError
+from lora_alpaca.storage import atomic, output_folder
 
 SETTINGS = {"peft_type": "LORA", "r": 8}
 
@@ -66,7 +67,7 @@ def another_process_in(folder):
     reader, writer = os.pipe()
     process = os.fork()
     if process == 0:
-        with storage.locked(folder):
+        with atomic.locked(folder):
             os.write(writer, b"in")
             time.sleep(60)
         os._exit(0)
@@ -85,25 +86,25 @@ def test_two_runs_cannot_be_in_one_folder(out, flags, way):  # 91
     with another_process_in(out) as process:
         line = refused("finetune", *flags, *way)
         assert f"another run is at work there (process {process} on {socket.gethostname()})" in line
-        assert contents(out).keys() == {storage.LOCK}
+        assert contents(out).keys() == {atomic.LOCK}
 
 
 def test_the_lock_of_a_killed_process_is_no_obstacle(out):  # 91
     with another_process_in(out):
         pass
-    assert (out / storage.LOCK).exists()
-    with storage.locked(out):
-        assert str(os.getpid()) in (out / storage.LOCK).read_text()
+    assert (out / atomic.LOCK).exists()
+    with atomic.locked(out):
+        assert str(os.getpid()) in (out / atomic.LOCK).read_text()
 
 
 def test_no_lock_is_left(out):
-    with storage.locked(out):
-        assert (out / storage.LOCK).exists()
+    with atomic.locked(out):
+        assert (out / atomic.LOCK).exists()
     assert contents(out) == {}
 
 
 def test_a_lock_is_left_by_no_error_either(out):
-    with pytest.raises(KeyError), storage.locked(out):
+    with pytest.raises(KeyError), atomic.locked(out):
         raise KeyError
     assert contents(out) == {}
 
@@ -112,7 +113,7 @@ def test_a_stage_in_use_is_refused_and_stays(out):
     with another_process_in(out / ".checkpoint-3.partial"):
         with pytest.raises(BlockingIOError, match="process"):
             save(out, 3)
-        assert (out / ".checkpoint-3.partial" / storage.LOCK).exists()
+        assert (out / ".checkpoint-3.partial" / atomic.LOCK).exists()
     assert save(out, 3).is_dir()
 
 
@@ -124,19 +125,19 @@ def test_files_are_as_readable_as_the_umask_says(out, umask, mode):
     before = os.umask(umask)
     try:
         checkpoint = save(out, 1)
-        storage.replace(out / folders.RECORD, b"{}")
-        with storage.staged(out / "final") as stage:  # safetensors' own writer lets nobody else read
+        atomic.replace(out / output_folder.RECORD, b"{}")
+        with atomic.staging_folder(out / "final") as stage:  # safetensors' own writer lets nobody else read
             (stage / "model.safetensors").touch(mode=0o600)
-            storage.settle(stage)
-            storage.rename(stage / "model.safetensors", out / "model.safetensors")
+            atomic.fsync_tree(stage)
+            atomic.rename(stage / "model.safetensors", out / "model.safetensors")
     finally:
         os.umask(before)
-    files = [*checkpoint.iterdir(), out / folders.RECORD, out / "model.safetensors"]
+    files = [*checkpoint.iterdir(), out / output_folder.RECORD, out / "model.safetensors"]
     assert {path.stat().st_mode & 0o777 for path in files} == {mode}
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused_before_the_data_is_read(out, flags, monkeypatch):  # 88
-    monkeypatch.setattr(folders.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(output_folder.os, "access", lambda path, mode: False)
     monkeypatch.setattr("lora_alpaca.models.locate_base", lambda *more: pytest.fail("too late"))
     assert f"--output_dir {out}: {out} is not writable; name another folder" in refused("finetune", *flags)
     assert contents(out) == {}
@@ -150,7 +151,7 @@ def test_a_file_in_place_of_the_folder_is_refused(out, flags):  # 89
 
 
 def test_a_disk_too_small_for_the_checkpoints_is_refused_before_anything_is_written(out, flags, monkeypatch):  # 86
-    monkeypatch.setattr(folders.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(output_folder.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     result = run("finetune", *flags, "--save_steps=1")
     assert result.code == 2
     assert "the disk has 0 MB left; free some, lower --save_total_limit, or name another folder" in result.err
@@ -178,21 +179,24 @@ def test_overwriting_removes_what_is_ours_and_nothing_else(out):  # 90
     for name in ("adapter_model.safetensors", "tokenizer.json", "plan.txt"):
         (out / name).write_text(name)
     record = {"status": "finished", "files": ["adapter_model.safetensors", "tokenizer.json", "../outside.txt"]}
-    (out / folders.RECORD).write_text(json.dumps(record))
+    (out / output_folder.RECORD).write_text(json.dumps(record))
     (out.parent / "outside.txt").write_text("mine")
-    folders.remove_ours(out)
+    output_folder.remove_ours(out)
     left = {name for name, data in contents(out).items() if data}
-    assert left == {"checkpoint-3/notes.txt", "checkpoint-best-KEEP/weights", "plan.txt", folders.RECORD}
+    assert left == {"checkpoint-3/notes.txt", "checkpoint-best-KEEP/weights", "plan.txt", output_folder.RECORD}
     assert (out.parent / "outside.txt").exists()
-    assert folders.standing(out) == "unfinished"  # and ours: the command can be given again
+    assert output_folder.folder_status(out) == "unfinished"  # and ours: the command can be given again
 
 
 def test_an_error_in_a_library_is_the_disks_where_it_says_so(out):
-    with pytest.raises(OSError, match="No space left on device"), storage.others_write():
+    with pytest.raises(OSError, match="No space left on device"), atomic.rust_errors_as_oserror():
         raise Exception("No space left on device (os error 28)")
-    with pytest.raises(ValueError, match="another"), storage.others_write():
+    with pytest.raises(ValueError, match="another"), atomic.rust_errors_as_oserror():
         raise ValueError("another")
-    with pytest.raises(FolderError, match=r"out: it could not be written \(No space left"), folders.writing(out):
+    with (
+        pytest.raises(FolderError, match=r"out: it could not be written \(No space left"),
+        output_folder.disk_errors_named(out),
+    ):
         raise OSError(28, "No space left on device")
 
 
@@ -256,7 +260,7 @@ def test_a_manifest_removes_nothing_outside_its_folder(out):
     outside.write_text("mine")
     for step in (1, 2):
         save(out, step)
-    path = out / "checkpoint-1" / folders.CHECKPOINT_FILES
+    path = out / "checkpoint-1" / output_folder.MANIFEST
     manifest = json.loads(path.read_text())
     for name in ("../../precious.txt", str(outside), "../checkpoint-2/state.json"):
         manifest["files"][name] = {"bytes": 4, "sha256": ""}
@@ -270,9 +274,9 @@ def test_a_manifest_of_somebody_else_removes_nothing(out):
     theirs = out / "checkpoint-7"
     theirs.mkdir()
     (theirs / "weights.bin").write_bytes(b"theirs")
-    (theirs / folders.CHECKPOINT_FILES).write_text(json.dumps({"files": ["weights.bin"]}))
+    (theirs / output_folder.MANIFEST).write_text(json.dumps({"files": ["weights.bin"]}))
     before = contents(out)
-    folders.remove_checkpoint(theirs)
+    output_folder.remove_checkpoint(theirs)
     checkpoints.rotate(out, "", keep=0)
     assert contents(out) == before
 
@@ -281,7 +285,7 @@ def test_a_manifest_of_somebody_else_removes_nothing(out):
 def test_resume_passes_over_a_damaged_one_and_sets_it_aside(out, how):
     for step in (1, 2):
         save(out, step)
-    broken, manifest = out / "checkpoint-2", out / "checkpoint-2" / folders.CHECKPOINT_FILES
+    broken, manifest = out / "checkpoint-2", out / "checkpoint-2" / output_folder.MANIFEST
     {
         "cut": lambda: os.truncate(broken / "state.json", 5),
         "changed": lambda: damage(broken),
@@ -360,7 +364,7 @@ def test_a_failed_write_leaves_nothing_and_the_older_checkpoint(out, monkeypatch
     def full(descriptor, data):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(storage.os, "write", full)
+    monkeypatch.setattr(atomic.os, "write", full)
     with pytest.raises(OSError, match="No space left"):
         save(out, 2)
     assert contents(out) == before

@@ -7,9 +7,10 @@ import torch
 from command import refused, run
 from safetensors.torch import load_file
 
-from lora_alpaca import FinetuneConfig, finetune, folders, storage
+from lora_alpaca import FinetuneConfig, finetune
 from lora_alpaca.errors import AdapterError, CheckpointError, ConfigError, DataError, ModelError
 from lora_alpaca.planning import Plan
+from lora_alpaca.storage import atomic, output_folder
 
 
 @pytest.fixture
@@ -46,13 +47,13 @@ def same(one, other):
 
 def interrupt(folder, last_checkpoint):
     """Leave a finished folder as a run killed after a checkpoint leaves it."""
-    record = folders.read_record(folder)
+    record = output_folder.read_record(folder)
     for name in [*record.pop("files"), *(f"checkpoint-{n}" for n in (3, 6) if n > last_checkpoint)]:
         if (folder / name).is_dir():
-            folders.remove_checkpoint(folder / name)
+            output_folder.remove_checkpoint(folder / name)
         elif (folder / name).is_file():
             (folder / name).unlink()
-    storage.replace(folder / folders.RECORD, storage.as_json(record | {"status": "running"}))
+    atomic.replace(folder / output_folder.RECORD, atomic.as_json(record | {"status": "running"}))
 
 
 def test_the_adapter_folder_remembers_everything(options, tmp_path):
@@ -307,6 +308,6 @@ def test_a_gate_stops_before_the_model_is_loaded(options, monkeypatch):
 
 def test_the_ledger_is_kept_with_the_run(options, tmp_path):
     finetune(FinetuneConfig(**options | {"max_steps": 1}))
-    ledger = folders.read_record(tmp_path / "out")["ledger"]
+    ledger = output_folder.read_record(tmp_path / "out")["ledger"]
     assert (ledger["read"], ledger["formats"]) == (48, {"Alpaca": 48})
     assert ledger["train"] + ledger["validation"] == 48

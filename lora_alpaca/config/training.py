@@ -8,7 +8,8 @@ from pydantic import BeforeValidator, model_validator
 from lora_alpaca.common_options import ADAPTER_DIR, DEMO, DataOptions, ModelOptions
 from lora_alpaca.environment import world_size
 from lora_alpaca.errors import ConfigError
-from lora_alpaca.options import AutoBool, Engine, Finite, Names, lower, option, user_path
+from lora_alpaca.options import AutoBool, Engine, Finite, Names, lower, option
+from lora_alpaca.storage.paths import user_path
 
 RECORDED = ("base_revision", "base_sha256", "tokenizer_sha256", "precision", "ranks", "data_sha256", "prompt_template")
 

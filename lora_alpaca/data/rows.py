@@ -20,8 +20,8 @@ from lora_alpaca.data import files, formats
 from lora_alpaca.data.formats import Format, RowError
 from lora_alpaca.data.json_rows import Bad, NumberedRows
 from lora_alpaca.errors import DataError
-from lora_alpaca.options import user_path
 from lora_alpaca.prompts import Conversation
+from lora_alpaca.storage.paths import user_path
 
 MAX_VALIDATION_ROWS = 2000
 

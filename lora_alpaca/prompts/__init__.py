@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from lora_alpaca.errors import TemplateError
-from lora_alpaca.options import user_path
 from lora_alpaca.prompts.chat import ChatTemplate
 from lora_alpaca.prompts.conversation import EOS, Conversation, Message, Run
 from lora_alpaca.prompts.template import Template
+from lora_alpaca.storage.paths import user_path
 
 __all__ = [
     "EOS",

@@ -18,9 +18,10 @@ from faults.operations import Watch
 from faults.report import Report, chosen
 from faults.scene import Ended, Scene, losses, make_model, make_rows, same, steps
 from lora_alpaca.checkpoints import STATE
-from lora_alpaca.folders import CHECKPOINT_FILES, RECORD, read_json, read_record
 from lora_alpaca.planning import Plan
-from lora_alpaca.storage import LOCK
+from lora_alpaca.storage.atomic import LOCK
+from lora_alpaca.storage.output_folder import MANIFEST, RECORD, read_record
+from lora_alpaca.storage.paths import read_json
 
 AT, SAVED = 4, "checkpoint-6"  # where the run was killed; a checkpoint of after the change
 RATE, STEPS, WARM_UP = 1e-2, 8, 2
@@ -283,12 +284,12 @@ class _Stage:
     def of_two_ranks(self) -> None:
         """Let the checkpoints be those of a run on two ranks: they differ in what they say of it."""
         for path in (*self.out.glob("checkpoint-*"),):
-            facts, manifest = read_json(path / STATE), read_json(path / CHECKPOINT_FILES)
+            facts, manifest = read_json(path / STATE), read_json(path / MANIFEST)
             facts["record"]["ranks"] = 2
             data = json.dumps(facts).encode()
             (path / STATE).write_bytes(data)
             manifest["files"][STATE] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-            (path / CHECKPOINT_FILES).write_text(json.dumps(manifest))
+            (path / MANIFEST).write_text(json.dumps(manifest))
         record = read_json(self.out / RECORD)
         (self.out / RECORD).write_text(json.dumps(record | {"ranks": 2}))
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from lora_alpaca import checkpoints, folders
+from lora_alpaca import checkpoints
 from lora_alpaca.checkpoints import Checkpoint
+from lora_alpaca.storage import output_folder
 
 from .report import Report
 from .running import forked
@@ -64,7 +65,7 @@ def speed(folder: Path) -> dict[str, Any]:
             out = scene.fresh("timed")
             if (ended := forked(scene, out, save_steps=every).ended()).code != 0:
                 raise RuntimeError(ended.last())
-            found.append(folders.read_record(out)["result"]["seconds"])
+            found.append(output_folder.read_record(out)["result"]["seconds"])
     saving, plain = statistics.median(seconds[EVERY]), statistics.median(seconds[1000])
     return {
         "steps": RUN["max_steps"],

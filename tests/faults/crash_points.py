@@ -17,8 +17,8 @@ from faults.report import Report, chosen
 from faults.scene import Ended, Scene, hidden, losses, same, steps, whole
 from lora_alpaca import checkpoints
 from lora_alpaca.errors import CheckpointError
-from lora_alpaca.folders import CHECKPOINT_FILES, standing
-from lora_alpaca.storage import LOCK
+from lora_alpaca.storage.atomic import LOCK
+from lora_alpaca.storage.output_folder import MANIFEST, folder_status
 
 MODEL = "model.safetensors"
 NOTES = "notes.txt"  # a file of the user's own
@@ -107,7 +107,7 @@ class _Stage:
         """Return a run that was killed in its third save, and whose second checkpoint is damaged since."""
         self.empty()
         options = {"save_total_limit": 3, "max_steps": 4}
-        fourth_lock = f".checkpoint-3.partial/{CHECKPOINT_FILES}"
+        fourth_lock = f".checkpoint-3.partial/{MANIFEST}"
 
         def before(kind: str, path: Path, more: Any) -> None:
             if str(path).endswith(fourth_lock):
@@ -165,7 +165,7 @@ class _Stage:
         ]
 
     def _no_half(self, folder: Path) -> list[str]:
-        return ["finished, but not whole"] if standing(folder) == "finished" and not whole(folder) else []
+        return ["finished, but not whole"] if folder_status(folder) == "finished" and not whole(folder) else []
 
     def _notes_and_no_half(self, done: list[Operation], died: Ended) -> list[str]:
         notes = list(self.work.glob(f"*/{NOTES}"))

@@ -20,8 +20,8 @@ from faults.operations import Before, Watch
 from faults.report import Report, chosen
 from faults.scene import Ended, Scene, hidden, losses, same, whole
 from lora_alpaca import checkpoints
-from lora_alpaca.folders import RECORD
-from lora_alpaca.storage import LOCK
+from lora_alpaca.storage.atomic import LOCK
+from lora_alpaca.storage.output_folder import RECORD
 
 SIZES = 20
 ERRORS = [

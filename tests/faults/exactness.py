@@ -19,7 +19,7 @@ import torch
 
 from lora_alpaca import FinetuneConfig, adapters, finetune
 from lora_alpaca.loop import Loop
-from lora_alpaca.stopping import Interrupted
+from lora_alpaca.signals import Interrupted
 
 from .report import Report, chosen
 from .scene import Scene, forked

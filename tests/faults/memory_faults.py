@@ -13,7 +13,7 @@ from faults.report import Report, chosen
 from faults.scene import Scene, losses, same
 from lora_alpaca.checkpoints import STATE
 from lora_alpaca.engine import Engine
-from lora_alpaca.folders import read_json
+from lora_alpaca.storage.paths import read_json
 
 ERRORS: dict[str, Exception] = {
     "CUDA": torch.OutOfMemoryError(

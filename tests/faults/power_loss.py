@@ -22,7 +22,7 @@ from faults.report import Report, chosen
 from faults.scene import Ended, Scene, losses, same, steps
 from lora_alpaca import checkpoints
 from lora_alpaca.errors import CheckpointError
-from lora_alpaca.folders import RECORD, read_record
+from lora_alpaca.storage.output_folder import RECORD, read_record
 
 DATA = ("lost", "half", "kept")  # what is not flushed of a file
 NAMES = ("lost", "first half", "every other", "kept")  # what is not flushed of the names in folders

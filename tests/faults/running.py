@@ -15,7 +15,8 @@ from typing import Any
 import psutil
 from conftest import ROOT
 
-from lora_alpaca import cli, folders
+from lora_alpaca import cli
+from lora_alpaca.storage import output_folder
 
 from .scene import Ended, Scene, steps
 from .scene import copied as process_of
@@ -146,7 +147,7 @@ def phase(out: Path, said: str, options: dict[str, Any]) -> str:
     done = last_step(said)
     if "validation loss" not in said and not done:
         return "load"
-    if folders.read_record(out).get("status") == "finished":
+    if output_folder.read_record(out).get("status") == "finished":
         return "end"
     if (out / ".final.partial").exists() or (out / "adapter_model.safetensors").exists():
         return "final save"

@@ -18,7 +18,8 @@ from conftest import ARCHITECTURES, _save_sentencepiece
 from safetensors.torch import load_file
 
 from lora_alpaca import cli, exporting, training  # noqa: F401  imported here once, for all that are forked
-from lora_alpaca.folders import CHECKPOINT_FILES, RECORD, read_json
+from lora_alpaca.storage.output_folder import MANIFEST, RECORD
+from lora_alpaca.storage.paths import read_json
 
 PATIENCE = 120  # seconds for one command
 ADAPTER = "adapter_model.safetensors"
@@ -196,4 +197,4 @@ def losses(folder: Path) -> list[Any]:
 
 def listed(folder: Path) -> dict[str, Any]:
     """Return the manifest of a checkpoint."""
-    return read_json(folder / CHECKPOINT_FILES)
+    return read_json(folder / MANIFEST)

@@ -6,7 +6,7 @@ import signal
 import time
 from pathlib import Path
 
-from lora_alpaca import checkpoints, stopping
+from lora_alpaca import checkpoints, signals
 from lora_alpaca.engine import Engine
 
 from .kills import OPTIONS, by_phase, uninterrupted
@@ -126,7 +126,7 @@ def too_long(report: Report, scene: Scene, reference: Path) -> None:
     """A step that takes longer than GRACE is given up, and the one before is what is saved."""
 
     def before() -> None:
-        stopping.GRACE = 0.5
+        signals.GRACE = 0.5
         slow_step(6, 60)
 
     for sent in SIGNALS:

@@ -4,7 +4,6 @@ A folder of ours carries a record, `lora_alpaca.json`: what it holds, whether it
 Nothing else is ever removed or written over.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,26 +11,15 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from lora_alpaca import storage
 from lora_alpaca.errors import FolderError
-from lora_alpaca.storage import LOCK
+from lora_alpaca.storage import atomic
+from lora_alpaca.storage.atomic import LOCK
+from lora_alpaca.storage.paths import read_json
 
 RECORD = "lora_alpaca.json"
-CHECKPOINT_FILES = "manifest.json"  # in every checkpoint: its run, its step, and its files with sizes and hashes
+MANIFEST = "manifest.json"  # in every checkpoint: its run, its step, and its files with sizes and hashes
 Entered = TypeVar("Entered")
-Standing = Literal["free", "finished", "unfinished", "foreign"]
-
-
-# ------------------------------------------------------------------------------------------------------- ownership
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object from a file, or an empty one where there is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+FolderStatus = Literal["free", "finished", "unfinished", "foreign"]
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -40,7 +28,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record if "status" in record else {}
 
 
-def standing(folder: Path) -> Standing:
+def folder_status(folder: Path) -> FolderStatus:
     """Return whether a folder is free to use, a finished or an unfinished one of ours, or somebody else's."""
     if not folder.exists() or (folder.is_dir() and not _contents(folder)):
         return "free"
@@ -56,7 +44,7 @@ def _contents(folder: Path) -> list[Path]:
 
 def check(folder: Path, overwrite: bool, ways_on: str) -> None:
     """Raise FolderError where a folder must not be written to; `ways_on` says what to do about an unfinished one."""
-    found = standing(folder)
+    found = folder_status(folder)
     if found == "foreign":
         what = "is not a folder" if not folder.is_dir() else "is not empty and was not made by lora_alpaca"
         raise FolderError(f"--output_dir {folder} {what}; name another folder")
@@ -90,14 +78,14 @@ def check_lock(folder: Path) -> None:
 
 
 @contextmanager
-def occupied(folder: Path, overwrite: bool, goes_on: bool) -> Iterator[list[str]]:
+def locked_for_run(folder: Path, overwrite: bool, goes_on: bool) -> Iterator[list[str]]:
     """Make room in a checked folder, unless the run in it goes on, and keep others out of it until the context ends.
 
     Yields what was done, in sentences. Raises FolderError if another process is at work there.
     """
     with ExitStack() as before, ExitStack() as now:
         before.enter_context(_alone(folder))
-        said = [] if goes_on else claim(folder, overwrite)
+        said = [] if goes_on else take_over(folder, overwrite)
         if not (folder / LOCK).exists():  # it went aside with what was there
             before.close()
             now.enter_context(_alone(folder))
@@ -105,10 +93,10 @@ def occupied(folder: Path, overwrite: bool, goes_on: bool) -> Iterator[list[str]
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def disk_errors_named(folder: Path) -> Iterator[None]:
     """Turn what a disk fails with within this context into a FolderError."""
     try:
-        with storage.others_write():
+        with atomic.rust_errors_as_oserror():
             yield
     except FolderError:
         raise
@@ -120,21 +108,21 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def staged(folder: Path) -> Iterator[Path]:
+def staging_folder(folder: Path) -> Iterator[Path]:
     """Give `storage.staged(folder)`. Raises FolderError if another process makes the same folder, or the disk fails."""
-    with writing(folder), ExitStack() as stack:
-        yield _entered(stack, storage.staged(folder), folder)
+    with disk_errors_named(folder), ExitStack() as stack:
+        yield _entered(stack, atomic.staging_folder(folder), folder)
 
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     with ExitStack() as stack:
-        _entered(stack, storage.locked(folder), folder)
+        _entered(stack, atomic.locked(folder), folder)
         yield
 
 
 def _entered(stack: ExitStack, context: AbstractContextManager[Entered], folder: Path) -> Entered:
-    with writing(folder):
+    with disk_errors_named(folder):
         try:
             return stack.enter_context(context)
         except BlockingIOError as error:
@@ -146,28 +134,28 @@ def _entered(stack: ExitStack, context: AbstractContextManager[Entered], folder:
 # ------------------------------------------------------------------------------------------------------ making room
 
 
-def claim(folder: Path, overwrite: bool) -> list[str]:
+def take_over(folder: Path, overwrite: bool) -> list[str]:
     """Make room in a checked folder, set aside a finished run or remove it, and return what was done in sentences."""
     said = []
-    if standing(folder) != "free":
+    if folder_status(folder) != "free":
         if overwrite:
             remove_ours(folder)
             said.append(f"removed the earlier results in {folder}")
         else:
-            said.append(f"{folder} holds finished results; they are now in {set_aside(folder)}")
-    storage.make_folder(folder)
+            said.append(f"{folder} holds finished results; they are now in {rename_aside(folder)}")
+    atomic.make_folder(folder)
     return said
 
 
-def set_aside(path: Path, ending: str = "") -> Path:
+def rename_aside(path: Path, ending: str = "") -> Path:
     """Rename a folder to the first free of `name.1`, `name.2`, ..., or of `name.ENDING`, `name.ENDING.1`, ..."""
     path = path.resolve()
     name = f"{path.name}.{ending}" if ending else path.name
     number = 0 if ending else 1
     while (aside := path.with_name(f"{name}.{number}" if number else name)).exists():
         number += 1
-    storage.rename(path, aside)
-    storage.remove(aside / LOCK)
+    atomic.rename(path, aside)
+    atomic.remove(aside / LOCK)
     return aside
 
 
@@ -177,43 +165,43 @@ def remove_ours(folder: Path) -> None:
     The record stays, as that of something unfinished, until another one takes its place: the folder is still ours.
     """
     record = read_record(folder)
-    storage.replace(folder / RECORD, storage.as_json(record | {"status": "unfinished"}))
-    for listing in folder.glob(f"checkpoint-*/{CHECKPOINT_FILES}"):
+    atomic.replace(folder / RECORD, atomic.as_json(record | {"status": "unfinished"}))
+    for listing in folder.glob(f"checkpoint-*/{MANIFEST}"):
         remove_checkpoint(listing.parent)
     for name in record.get("files", []):
         remove_below(folder, name)
     for path in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
-        storage.remove_if_empty(path)
+        atomic.remove_if_empty(path)
 
 
 def remove_checkpoint(folder: Path) -> None:
     """Remove a checkpoint: the files its manifest lists, and the folder if that was all."""
-    manifest = read_json(folder / CHECKPOINT_FILES)
+    manifest = read_json(folder / MANIFEST)
     if not {"step", "files"} <= manifest.keys():
         return  # a manifest, but not one of ours
-    for name in [*manifest["files"], CHECKPOINT_FILES]:  # the manifest last: without it the rest would be nobody's
+    for name in [*manifest["files"], MANIFEST]:  # the manifest last: without it the rest would be nobody's
         remove_below(folder, name)
-    storage.remove_if_empty(folder)
+    atomic.remove_if_empty(folder)
 
 
 def remove_below(folder: Path, name: str) -> None:
     """Remove a file that a record lists, if it is one below the folder of that record."""
     path = folder / name
     if path.resolve().is_relative_to(folder.resolve()) and not path.is_dir():
-        storage.remove(path)
+        atomic.remove(path)
 
 
-def publish(stage: Path, folder: Path, overwrite: bool) -> list[str]:
+def move_into_place(stage: Path, folder: Path, overwrite: bool) -> list[str]:
     """Let a staged folder appear in its place and return what was done to make room. Nobody sees half of it."""
-    said = claim(folder, overwrite)
+    said = take_over(folder, overwrite)
     if any(path.name != RECORD for path in folder.iterdir()):  # files of the user's own stay where they are
         coming = read_record(stage) | {"status": "unfinished"}  # the record that counts comes last
-        storage.replace(folder / RECORD, storage.as_json(coming))
+        atomic.replace(folder / RECORD, atomic.as_json(coming))
         for path in sorted(stage.iterdir(), key=lambda path: path.name == RECORD):
-            storage.rename(path, folder / path.name)
+            atomic.rename(path, folder / path.name)
         os.rmdir(stage)
     else:
-        storage.remove(folder / RECORD)
+        atomic.remove(folder / RECORD)
         os.rmdir(folder)
-        storage.rename(stage, folder)
+        atomic.rename(stage, folder)
     return said

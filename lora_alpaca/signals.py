@@ -18,7 +18,7 @@ SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 )  # Windows has no SIGHUP
 # torchrun passes on the Ctrl-C that the terminal has sent to its workers already; that is not a second one
-PASSED_ON = 2.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0  # seconds
+RELAY_WINDOW = 2.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0  # seconds
 
 
 class Interrupted(KeyboardInterrupt):
@@ -82,7 +82,7 @@ class Stop:
         self._grace = 0.1
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and time.monotonic() - self._since > PASSED_ON:  # at once: what is on the disk is always whole
+        if self.asked and time.monotonic() - self._since > RELAY_WINDOW:  # at once: what is on the disk is always whole
             os._exit(128 + number)
         if self.asked:
             return

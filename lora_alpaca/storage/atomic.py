@@ -4,7 +4,6 @@ What others read, a run that resumes or a model that is loaded, appears by a ren
 the disk before, and the folder that it appears in is flushed after. So there is always the old or the new, whole.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -84,7 +83,7 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def settle(folder: Path) -> None:
+def fsync_tree(folder: Path) -> None:
     """Flush everything below a folder, whoever wrote it; make its files as readable as the user's umask says."""
     remove(folder / LOCK)  # of `staged`: what is settled is about to be renamed
     umask = os.umask(0)
@@ -103,7 +102,7 @@ def settle(folder: Path) -> None:
 
 
 @contextmanager
-def others_write() -> Iterator[None]:
+def rust_errors_as_oserror() -> Iterator[None]:
     """Turn what writers in Rust raise where a disk fails, within this context, into the OSError that it is."""
     try:
         yield
@@ -114,7 +113,7 @@ def others_write() -> Iterator[None]:
 
 
 @contextmanager
-def staged(folder: Path) -> Iterator[Path]:
+def staging_folder(folder: Path) -> Iterator[Path]:
     """Give an empty, hidden folder beside `folder`, to be filled, settled and renamed before the context ends.
 
     Otherwise it is removed. One that a crash left behind is emptied and used; one in use is BlockingIOError.
@@ -126,16 +125,16 @@ def staged(folder: Path) -> Iterator[Path]:
         except BlockingIOError:
             raise
         except OSError:
-            clear(stage)
+            remove_tree(stage)
             raise
         try:
-            clear(stage, but=LOCK)
+            remove_tree(stage, but=LOCK)
             yield stage
         finally:
-            clear(stage)
+            remove_tree(stage)
 
 
-def clear(folder: Path, but: str = "") -> None:
+def remove_tree(folder: Path, but: str = "") -> None:
     """Remove a hidden folder of ours and what is in it; with `but` only what is in it, except a file of that name."""
     if not but:
         return shutil.rmtree(folder, ignore_errors=True)
@@ -180,14 +179,3 @@ def as_json(value: Any) -> bytes:
 def as_tensors(tensors: Mapping[str, torch.Tensor]) -> bytes:
     """Return tensors as a safetensors file; the mark "pt" is what transformers and PEFT look for."""
     return tensors_to_bytes(dict(tensors), metadata={"format": "pt"})
-
-
-def sha256(path: Path) -> str:
-    """Return the sha256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def files_below(folder: Path) -> list[str]:
-    """Return all files of a folder as sorted relative paths."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
