@@ -53,7 +53,7 @@ def ours(data: Path, tokenizer_path: str, folder: Path) -> dict[str, float]:
     """Return seconds, tokens and bytes of reading, checking and encoding a file our way, cache written."""
     from transformers import AutoTokenizer
 
-    from lora_alpaca.common_options import DataOptions
+    from lora_alpaca.config.shared import DataOptions
     from lora_alpaca.data import Rows, held_out
     from lora_alpaca.encoding import Encoder
     from lora_alpaca.preparation import cache_key, cached, keep, prepare

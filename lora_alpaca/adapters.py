@@ -77,7 +77,7 @@ def target_modules(model: Any, config: FinetuneConfig) -> list[str] | str:
     asked = config.lora_target_modules
     if asked == ["all-linear"]:
         return "all-linear"
-    if not config.said("lora_target_modules") and not set(asked) <= set(there):
+    if not config.is_set("lora_target_modules") and not set(asked) <= set(there):
         known = PEFT_TARGETS.get(model.config.model_type)
         asked = [known] if isinstance(known, str) else list(known or asked)
         if isinstance(known, str):  # a regular expression over full names
@@ -134,10 +134,10 @@ def check_start(config: FinetuneConfig) -> None:
     saved = read_settings(folder)
     options = {"lora_r": "r", "lora_alpha": "lora_alpha", "use_rslora": "use_rslora", "use_dora": "use_dora"}
     for option, key in options.items():
-        if config.said(option) and getattr(config, option) != saved.get(key):
+        if config.is_set(option) and getattr(config, option) != saved.get(key):
             raise ConfigError(f"--{option} {getattr(config, option)}: --init_adapter {folder} has {saved.get(key)}")
     has = [saved["target_modules"]] if isinstance(saved["target_modules"], str) else saved["target_modules"]
-    if config.said("lora_target_modules") and set(config.lora_target_modules) != set(has):
+    if config.is_set("lora_target_modules") and set(config.lora_target_modules) != set(has):
         asked = ",".join(config.lora_target_modules)
         raise ConfigError(f"--lora_target_modules {asked}: --init_adapter has {','.join(has)}")
 

@@ -16,9 +16,9 @@ import fire
 from fire.decorators import SetParseFn
 
 from lora_alpaca.config import ConvertConfig, ExportConfig, FinetuneConfig, GenerateConfig, ShowConfig
-from lora_alpaca.environment import check_libraries
+from lora_alpaca.config.environment import check_libraries
+from lora_alpaca.config.options import Options
 from lora_alpaca.errors import ConfigError, LoraAlpacaError
-from lora_alpaca.options import Options
 from lora_alpaca.signals import Interrupted, Stop
 
 Config = TypeVar("Config", bound=Options)
@@ -169,11 +169,11 @@ def parse(config_class: type[Config], argv: Sequence[str]) -> Config:
 def _joined(config_class: type[Options], argv: Sequence[str]) -> list[str]:
     """Return the words as `--name=value`, the one form that fire cannot misread, having refused all others."""
     words, joined, seen = list(argv), [], set()
-    places = list(config_class.places)
+    positional = list(config_class.positional)
     while words:
         word = words.pop(0)
-        if places and not word.startswith("-"):
-            word = f"--{places.pop(0)}={word}"
+        if positional and not word.startswith("-"):
+            word = f"--{positional.pop(0)}={word}"
         if not word.startswith("--") or word == "--":
             raise ConfigError(f"stray word {word!r}; every option is --name value")
         dashed, equals, value = word[2:].partition("=")

@@ -17,8 +17,8 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from lora_alpaca import adapters, contracts, fingerprints, models, records, skeletons
-from lora_alpaca.common_options import ADAPTER_DIR, DEMO
 from lora_alpaca.config import GenerateConfig
+from lora_alpaca.config.shared import ADAPTER_DIR, DEMO
 from lora_alpaca.encoding import Encoder
 from lora_alpaca.errors import ConfigError
 from lora_alpaca.models import Base

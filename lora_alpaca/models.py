@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from transformers.utils.hub import cached_file, extract_commit_hash, get_checkpoint_shard_files
 
 from lora_alpaca import quantization
-from lora_alpaca.common_options import DEMO, ModelOptions
+from lora_alpaca.config.shared import DEMO, ModelOptions
 from lora_alpaca.errors import ConfigError, ModelError, one_line
 from lora_alpaca.storage.paths import user_path
 

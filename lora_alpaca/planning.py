@@ -10,8 +10,8 @@ import torch
 
 from lora_alpaca import adapters, models, records, skeletons
 from lora_alpaca.batching import steps_per_epoch
-from lora_alpaca.common_options import DEMO, UPSTREAM_DATA
 from lora_alpaca.config import FinetuneConfig
+from lora_alpaca.config.shared import DEMO, UPSTREAM_DATA
 from lora_alpaca.errors import ConfigError
 from lora_alpaca.models import Base, Placement
 from lora_alpaca.reports import Reporter
@@ -60,7 +60,7 @@ def with_recipe(config: FinetuneConfig, world_size: int, reporter: Reporter) -> 
         recipe = json.loads((models.demo_base().parent / "recipe.json").read_text(encoding="utf-8"))
         if chosen.get("data_path", config.data_path) != DEMO:
             del recipe["val_set_size"]  # it fits the demo's rows; the others fit the model
-        recipe = {name: value for name, value in recipe.items() if not config.said(name)}
+        recipe = {name: value for name, value in recipe.items() if not config.is_set(name)}
         if "micro_batch_size" in recipe:  # a default as any other: it gives way to the batch size and the ranks
             share = recipe.get("batch_size", config.batch_size) // world_size
             recipe["micro_batch_size"] = math.gcd(recipe["micro_batch_size"], share)
@@ -91,7 +91,7 @@ def within_model(config: FinetuneConfig, base: Base, placement: Placement, repor
         reporter.say(f"warning: --learning_rate {config.learning_rate} is very high; LoRA is trained with about 3e-4")
     if base.max_length is None or config.cutoff_len <= base.max_length:
         return config
-    if config.said("cutoff_len"):
+    if config.is_set("cutoff_len"):
         raise ConfigError(f"--cutoff_len {config.cutoff_len}: {base.name} takes at most {base.max_length} tokens")
     reporter.say(f"cutoff_len is {base.max_length}, the most that {base.name} takes")
     return config.model_copy(update={"cutoff_len": base.max_length})

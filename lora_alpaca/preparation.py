@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from lora_alpaca import __version__
-from lora_alpaca.common_options import DataOptions
+from lora_alpaca.config.shared import DataOptions
 from lora_alpaca.data import Rows, uncollected
 from lora_alpaca.encoding import Encoded, Encoder
 from lora_alpaca.errors import DataError

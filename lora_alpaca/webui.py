@@ -21,8 +21,8 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 import gradio as gr
 
 from lora_alpaca import models
-from lora_alpaca.common_options import ADAPTER_DIR, DEMO
 from lora_alpaca.config import GenerateConfig
+from lora_alpaca.config.shared import ADAPTER_DIR, DEMO
 from lora_alpaca.errors import ConfigError, LoraAlpacaError
 from lora_alpaca.generation import Generator
 from lora_alpaca.storage.paths import user_path

@@ -17,7 +17,7 @@ from command import refused, run
 from faults import programme
 
 from lora_alpaca import FinetuneConfig, finetune
-from lora_alpaca.common_options import DataOptions
+from lora_alpaca.config.shared import DataOptions
 from lora_alpaca.data import Rows
 from lora_alpaca.data.files import read_file
 from lora_alpaca.encoding import Encoder

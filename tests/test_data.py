@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_alpaca.common_options import DEMO
+from lora_alpaca.config.shared import DEMO
 from lora_alpaca.data import Rows, demo_file, files, held_out, json_rows, texts
 from lora_alpaca.errors import DataError
 

@@ -4,7 +4,7 @@ import os
 import pytest
 
 from lora_alpaca import preparation
-from lora_alpaca.common_options import DataOptions
+from lora_alpaca.config.shared import DataOptions
 from lora_alpaca.data import Rows
 from lora_alpaca.encoding import Encoder
 from lora_alpaca.errors import DataError

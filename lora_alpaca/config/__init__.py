@@ -4,7 +4,9 @@ The command line, `--help`, the record in the adapter folder and the documentati
 This module imports neither torch nor any other heavy library, so a wrong flag is answered at once.
 """
 
-from lora_alpaca.config.serving import ConvertConfig, ExportConfig, GenerateConfig, ShowConfig
+from lora_alpaca.config.export import ConvertConfig, ExportConfig
+from lora_alpaca.config.inference import GenerateConfig
 from lora_alpaca.config.training import FinetuneConfig
+from lora_alpaca.config.visualization import ShowConfig
 
 __all__ = ["ConvertConfig", "ExportConfig", "FinetuneConfig", "GenerateConfig", "ShowConfig"]

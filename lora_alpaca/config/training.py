@@ -5,10 +5,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, model_validator
 
-from lora_alpaca.common_options import ADAPTER_DIR, DEMO, DataOptions, ModelOptions
-from lora_alpaca.environment import world_size
+from lora_alpaca.config.environment import world_size
+from lora_alpaca.config.options import AutoBool, Engine, Finite, Names, lower, option
+from lora_alpaca.config.shared import ADAPTER_DIR, DEMO, DataOptions, ModelOptions
 from lora_alpaca.errors import ConfigError
-from lora_alpaca.options import AutoBool, Engine, Finite, Names, lower, option
 from lora_alpaca.storage.paths import user_path
 
 RECORDED = ("base_revision", "base_sha256", "tokenizer_sha256", "precision", "ranks", "data_sha256", "prompt_template")
@@ -192,13 +192,13 @@ class FinetuneConfig(DataOptions, ModelOptions):
         Left unsaid, it is the largest number up to the default that divides. Raises ConfigError where nothing does.
         """
         batch, micro = self.batch_size, self.micro_batch_size
-        if batch % world_size == 0 and not self.said("micro_batch_size"):
+        if batch % world_size == 0 and not self.is_set("micro_batch_size"):
             share = batch // world_size
             return max(size for size in range(1, min(micro, share) + 1) if share % size == 0)
-        unit = world_size * (micro if self.said("micro_batch_size") else 1)
+        unit = world_size * (micro if self.is_set("micro_batch_size") else 1)
         if batch % unit == 0:
             return micro
-        parts = f"--micro_batch_size {micro}" if self.said("micro_batch_size") else ""
+        parts = f"--micro_batch_size {micro}" if self.is_set("micro_batch_size") else ""
         parts += (" x " if parts and world_size > 1 else "") + (f"{world_size} devices" if world_size > 1 else "")
         nearest = sorted({max(unit, batch // unit * unit), math.ceil(batch / unit) * unit})
         raise ConfigError(f"--batch_size {batch} is no multiple of {parts}; nearest: {' or '.join(map(str, nearest))}")

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from lora_alpaca.common_options import DEMO
+from lora_alpaca.config.shared import DEMO
 from lora_alpaca.data import files, formats
 from lora_alpaca.data.formats import Format, RowError
 from lora_alpaca.data.json_rows import Bad, NumberedRows

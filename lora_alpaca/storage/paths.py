@@ -17,7 +17,6 @@ def user_cache() -> Path:
     return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "lora_alpaca"
 
 
-
 def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON object from a file, or an empty one where there is none."""
     try:

@@ -37,7 +37,7 @@ class Options(BaseModel):
     """The base of the three configs: frozen, no unknown name, and one line for every mistake at once."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False, protected_namespaces=())
-    places: ClassVar[tuple[str, ...]] = ()  # the options that are also written without their name, in this order
+    positional: ClassVar[tuple[str, ...]] = ()  # the options that are also written without their name, in this order
 
     def __init__(self, **options: Any):
         try:
@@ -52,7 +52,7 @@ class Options(BaseModel):
         if not where:  # a check over several options, raised below
             return str(problem["ctx"]["error"]) if "ctx" in problem else message
         if problem["type"] == "missing":
-            return f"{' '.join(name.upper() for name in cls.places)} are needed, and --{where[0]} is missing"
+            return f"{' '.join(name.upper() for name in cls.positional)} are needed, and --{where[0]} is missing"
         if problem["type"] == "extra_forbidden":
             return cls.unknown(str(where[0]))
         return f"--{where[0]} {problem['input']}: {message[0].lower()}{message[1:]}"
@@ -63,6 +63,6 @@ class Options(BaseModel):
         near = difflib.get_close_matches(name, cls.model_fields, n=1)
         return f"unknown flag --{name}; " + (f"did you mean --{near[0]}?" if near else "--help lists them all")
 
-    def said(self, name: str) -> bool:
+    def is_set(self, name: str) -> bool:
         """Return whether the user gave this option, rather than leaving it at its default."""
         return name in self.model_fields_set

@@ -4,8 +4,8 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
+from lora_alpaca.config.options import Device, Dtype, Names, Options, option
 from lora_alpaca.errors import ConfigError
-from lora_alpaca.options import Device, Dtype, Names, Options, option
 
 DEMO = "demo"  # the name of the base model and of the data inside the package
 UPSTREAM_DATA = "yahma/alpaca-cleaned"
