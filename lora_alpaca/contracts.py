@@ -179,7 +179,7 @@ def _golden(tokenizer: Any, template: AnyTemplate) -> list[dict[str, Any]]:
     rows = []
     for conversation in _taken(template, GOLDEN):
         encoded = encoder.encode([conversation])[0]
-        text = "".join(run.text for run in template.render(conversation))
+        text = "".join(fragment.text for fragment in template.render(conversation))
         rows.append(
             {
                 "text": text,

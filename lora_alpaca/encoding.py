@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_alpaca.errors import DataError
 from lora_alpaca.examples import Example, Span
-from lora_alpaca.prompts import AnyTemplate, Conversation, Run, Template
+from lora_alpaca.prompts import AnyTemplate, Conversation, Fragment, Template
 from lora_alpaca.tokenization import TextEncoder
 
 _WINDOW = 20  # characters on either side of a seam; what is farther away does not bear on whether they melt
@@ -66,38 +66,43 @@ class Encoder:
         self.train_on_inputs = train_on_inputs
         self.add_eos_token = add_eos_token
         self.last_only = train_on == "last"
-        self._begin = 0 if template.begins_itself else len(self.text.bos)  # where the first run stands
+        self._begin = 0 if template.begins_itself else len(self.text.bos)  # where the first fragment stands
         self._seams: dict[tuple[str, str], bool] = {}
         if self.text.eos_id is None and add_eos_token:
             raise DataError("the tokenizer has no end token to learn; pass --add_eos_token False to go without")
 
     def encode(self, conversations: Sequence[Conversation]) -> list[Encoded]:
         """Return every row as it is before anything is cut."""
-        rows = [self._runs(conversation) for conversation in conversations]
-        ids = self.text.runs(rows, self.template.begins_itself)
-        return [self._put_together(runs, parts) for runs, parts in zip(rows, ids, strict=True)]
+        rows = [self._fragments(conversation) for conversation in conversations]
+        ids = self.text.fragments(rows, self.template.begins_itself)
+        return [self._put_together(fragments, parts) for fragments, parts in zip(rows, ids, strict=True)]
 
     def prompt(self, conversation: Conversation) -> list[int]:
         """Return the ids that generation is fed: a prefix of what `encode` gives for the same row with an answer."""
         return self.text.prompt(self.template.prompt(conversation), self.template.begins_itself)
 
-    def _runs(self, conversation: Conversation) -> list[Run]:
-        runs = self.template.render(conversation, self.last_only)
+    def _fragments(self, conversation: Conversation) -> list[Fragment]:
+        fragments = self.template.render(conversation, self.last_only)
         if not self.add_eos_token:  # the ends of earlier turns stay, as part of what follows
-            last = max((number for number, run in enumerate(runs) if run.control and run.learned), default=len(runs))
-            runs = [run._replace(learned=run.learned and not run.control) for run in runs[:last]]
-        return runs
+            last = max(
+                (number for number, fragment in enumerate(fragments) if fragment.control and fragment.learned),
+                default=len(fragments),
+            )
+            fragments = [
+                fragment._replace(learned=fragment.learned and not fragment.control) for fragment in fragments[:last]
+            ]
+        return fragments
 
-    def _put_together(self, runs: Sequence[Run], parts: Sequence[Sequence[int]]) -> Encoded:
+    def _put_together(self, fragments: Sequence[Fragment], parts: Sequence[Sequence[int]]) -> Encoded:
         ids: list[int] = []
         spans: list[Span] = []
         ends: list[int] = []
-        for run, part, following in zip(runs, parts, [*runs[1:], None], strict=True):
+        for fragment, part, following in zip(fragments, parts, [*fragments[1:], None], strict=True):
             first = len(ids) or self._begin
             ids.extend(part)
-            if not run.learned:
+            if not fragment.learned:
                 continue
-            if run.control and not (following and following.learned):
+            if fragment.control and not (following and following.learned):
                 ends.append(first)
             if spans and spans[-1][1] == first:
                 first = spans.pop()[0]

@@ -28,7 +28,9 @@ def show(config: ShowConfig) -> None:
     template = load_template(config.prompt_template_name) if config.prompt_template_name else None
     target = None if config.html is None else _target(user_path(config.html))
     rows = Rows(config.data_path or DEMO, config.columns, config.skip_bad_rows)
-    numbers = _numbers(config.row, len(rows)) if config.is_set("row") or target is None else range(1, ROWS_ON_A_PAGE + 1)
+    numbers = (
+        _numbers(config.row, len(rows)) if config.is_set("row") or target is None else range(1, ROWS_ON_A_PAGE + 1)
+    )
     base = models.locate_base(config.base_model or DEMO, config.revision, config.trust_remote_code)
     tokenizer = models.load_tokenizer(base)
     template = (template or fitting_template(rows.formats, tokenizer)).bound(tokenizer)

@@ -12,7 +12,7 @@ from functools import cached_property
 from operator import itemgetter
 from typing import Any, Literal
 
-from lora_alpaca.prompts import EOS, Run
+from lora_alpaca.prompts import EOS, Fragment
 
 Place = Literal["first", "after_token", "continuation"]
 
@@ -45,10 +45,10 @@ class TextEncoder:
         number: int = self.eos_id if control == EOS else self._tokenizer.convert_tokens_to_ids(control)  # type: ignore[assignment]
         return number
 
-    def runs(self, rows: Sequence[Sequence[Run]], begins_itself: bool = False) -> list[list[list[int]]]:
-        """Return the ids of every run of every row; those of the first run begin with the beginning-of-text token."""
+    def fragments(self, rows: Sequence[Sequence[Fragment]], begins_itself: bool = False) -> list[list[list[int]]]:
+        """Return the ids of every fragment of every row; the first begins with the beginning-of-text token."""
         texts: dict[Place, list[str]] = {"first": [], "after_token": [], "continuation": []}
-        places = [_places(runs, self._swallows) for runs in rows]
+        places = [_places(fragments, self._swallows) for fragments in rows]
         for row in places:
             for place, text in row:
                 if place != "control":
@@ -61,9 +61,9 @@ class TextEncoder:
         ]
         return [[bos + row[0], *row[1:]] if row else [] for row in ids]
 
-    def prompt(self, runs: Sequence[Run], begins_itself: bool = False) -> list[int]:
+    def prompt(self, fragments: Sequence[Fragment], begins_itself: bool = False) -> list[int]:
         """Return the ids that generation is fed."""
-        return [token for ids in self.runs([runs], begins_itself)[0] for token in ids] or list(self.bos)
+        return [token for ids in self.fragments([fragments], begins_itself)[0] for token in ids] or list(self.bos)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Return the text of every token, control tokens by name; joined, they are the decoded row.
@@ -117,20 +117,20 @@ class TextEncoder:
         return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
-def _places(runs: Sequence[Run], swallows: dict[str, tuple[bool, bool]]) -> list[tuple[Any, str]]:
-    """Return (place, text) of every run; `control` is the place of a control token."""
+def _places(fragments: Sequence[Fragment], swallows: dict[str, tuple[bool, bool]]) -> list[tuple[Any, str]]:
+    """Return (place, text) of every fragment; `control` is the place of a control token."""
     places: list[tuple[Any, str]] = []
     after_token = False
-    for number, run in enumerate(runs):
-        if run.control:
-            places.append(("control", run.text))
+    for number, fragment in enumerate(fragments):
+        if fragment.control:
+            places.append(("control", fragment.text))
             after_token = True
             continue
-        text = run.text
-        if swallows and not run.answer:  # which is kept as it is
-            if after_token and swallows.get(runs[number - 1].text, (False, False))[1]:
+        text = fragment.text
+        if swallows and not fragment.answer:  # which is kept as it is
+            if after_token and swallows.get(fragments[number - 1].text, (False, False))[1]:
                 text = text.lstrip()
-            following = runs[number + 1] if number + 1 < len(runs) else None
+            following = fragments[number + 1] if number + 1 < len(fragments) else None
             if following and following.control and swallows.get(following.text, (False, False))[0]:
                 text = text.rstrip()
         places.append(("first" if not number else "after_token" if after_token else "continuation", text))

@@ -116,7 +116,7 @@ def tiny_model(rows: list[Conversation], tmp_path_factory: pytest.TempPathFactor
     Each is made once, with seed 0: two layers, 64 wide, 512 positions. To be read, not written to.
     """
     alpaca = load_template("alpaca")
-    texts = [run.text for row in rows for run in alpaca.render(row) if not run.control]
+    texts = [piece.text for row in rows for piece in alpaca.render(row) if not piece.control]
 
     @cache
     def make(architecture: str) -> Path:

@@ -175,11 +175,11 @@ def test_todays_date_is_tomorrows_too_once_it_is_recorded(tokenizers, monkeypatc
 
     monkeypatch.setattr("lora_alpaca.prompts.chat.datetime.date", Day)
     template = load_template("chat").bound(tokenizer)
-    text = "".join(run.text for run in template.prompt(talk(1)))
+    text = "".join(fragment.text for fragment in template.prompt(talk(1)))
     assert "Today Date: 29 Feb 2024\n" in text
     Day.now = datetime.date(2024, 3, 1)
     again = template_from_json(template.to_json(), "", "contract").bound(tokenizer)
-    assert "".join(run.text for run in again.prompt(talk(1))) == text
+    assert "".join(fragment.text for fragment in again.prompt(talk(1))) == text
     assert again.digest() == template.digest() != load_template("chat").bound(tokenizer).digest()
 
 

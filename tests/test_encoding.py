@@ -199,7 +199,7 @@ def test_rows_with_other_ids_than_alpaca_lora_are_found_exactly(any_tokenizer, r
     encoder, conversations = Encoder(any_tokenizer, template), [*rows, *crafted]
     expected = []
     for conversation, row in zip(conversations, encoder.encode(conversations), strict=True):
-        prompt = "".join(run.text for run in template.prompt(conversation))
+        prompt = "".join(fragment.text for fragment in template.prompt(conversation))
         joint = any_tokenizer(prompt + conversation.answers[0])["input_ids"]
         expected.append(row.ids != [*joint, any_tokenizer.eos_token_id])
     assert encoder.other_ids(conversations) == expected

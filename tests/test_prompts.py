@@ -7,8 +7,8 @@ from lora_alpaca.prompts import (
     EOS,
     ChatTemplate,
     Conversation,
+    Fragment,
     Message,
-    Run,
     Template,
     fitting_template,
     load_template,
@@ -58,12 +58,12 @@ TALK = Conversation(TURNS, "rows.json:7")
 SYSTEM = Conversation((Message("system", "Be brief."), *TURNS), "rows.json:7")
 
 
-def text(runs: list[Run]) -> str:
-    return "".join(run.text for run in runs)
+def text(fragments: list[Fragment]) -> str:
+    return "".join(fragment.text for fragment in fragments)
 
 
-def learned(runs: list[Run]) -> list[str]:
-    return [run.text for run in runs if run.learned]
+def learned(fragments: list[Fragment]) -> list[str]:
+    return [fragment.text for fragment in fragments if fragment.learned]
 
 
 # --------------------------------------------------------------------------------------------- upstream's templates
@@ -93,20 +93,23 @@ def test_substitution_is_one_pass(name):
     prompt = template.prompt(row)
     assert "{input} {0} %s {instruction} {eos}" in text(prompt)
     assert "{instruction} {x {system}" in text(prompt)
-    assert [run.text for run in prompt if run.control] == [
-        run.text for run in template.prompt(Conversation.of("a", "b")) if run.control
+    assert [fragment.text for fragment in prompt if fragment.control] == [
+        fragment.text for fragment in template.prompt(Conversation.of("a", "b")) if fragment.control
     ]
     answer = template.render(row)[-2:]
     assert answer[0].text.strip() == "{output} {input}{eos}"
-    assert [run.control for run in answer] == [False, True]
+    assert [fragment.control for fragment in answer] == [False, True]
 
 
 def test_a_row_is_prompt_answer_end():
     template, row = load_template("alpaca"), Conversation.of("I", "", "A")
-    runs = template.render(row)
-    assert [(run.text, run.learned, run.control) for run in runs[1:]] == [("A", True, False), (EOS, True, True)]
-    assert runs[:1] == template.prompt(row) == template.prompt(Conversation.of("I"))
-    assert not runs[0].learned
+    fragments = template.render(row)
+    assert [(fragment.text, fragment.learned, fragment.control) for fragment in fragments[1:]] == [
+        ("A", True, False),
+        (EOS, True, True),
+    ]
+    assert fragments[:1] == template.prompt(row) == template.prompt(Conversation.of("I"))
+    assert not fragments[0].learned
     assert template.stop == EOS
 
 
@@ -155,7 +158,7 @@ def test_chatml_has_its_own_two_tokens():
     assert text(template.render(TALK)) == turns + "Bye.<|im_end|>"
     assert text(template.render(SYSTEM)) == "<|im_start|>system\nBe brief.<|im_end|>\n" + turns + "Bye.<|im_end|>"
     assert learned(template.render(TALK)) == ["Hello.", "<|im_end|>", "Bye.", "<|im_end|>"]
-    assert {run.text for run in template.render(SYSTEM) if run.control} == {"<|im_start|>", "<|im_end|>"}
+    assert {fragment.text for fragment in template.render(SYSTEM) if fragment.control} == {"<|im_start|>", "<|im_end|>"}
     assert template.stop == "<|im_end|>"
 
 
@@ -169,17 +172,21 @@ def test_the_input_of_a_later_turn_stands_below_its_instruction(name):
 def test_the_last_answer_alone_is_learned_on_demand_with_the_same_runs(name):
     template = load_template(name)
     every, last = template.render(TALK), template.render(TALK, last_only=True)
-    assert [(run.text, run.control) for run in last] == [(run.text, run.control) for run in every]
+    assert [(fragment.text, fragment.control) for fragment in last] == [
+        (fragment.text, fragment.control) for fragment in every
+    ]
     assert learned(last) == learned(every)[2:]
 
 
 @pytest.mark.parametrize("name", ["vicuna", "chatml"])
 def test_every_prompt_is_what_stands_before_the_answer_run_by_run(name):
     template = load_template(name)
-    runs = [(run.text, run.control) for run in template.render(SYSTEM)]
+    fragments = [(fragment.text, fragment.control) for fragment in template.render(SYSTEM)]
     for asked in (2, 4):
-        prompt = [(run.text, run.control) for run in template.prompt(Conversation(SYSTEM.messages[:asked]))]
-        assert runs[: len(prompt)] == prompt
+        prompt = [
+            (fragment.text, fragment.control) for fragment in template.prompt(Conversation(SYSTEM.messages[:asked]))
+        ]
+        assert fragments[: len(prompt)] == prompt
 
 
 def test_a_row_that_has_no_place_in_a_template_is_refused_with_its_place():

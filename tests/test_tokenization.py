@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from lora_alpaca.prompts import EOS, Run
+from lora_alpaca.prompts import EOS, Fragment
 from lora_alpaca.tokenization import TextEncoder, fingerprint
 
 TEXTS = [
@@ -92,25 +92,30 @@ def test_a_tokenizer_that_begins_every_stretch_with_a_space_does_so_after_contro
 
 def test_an_answer_behind_swallowed_white_space_stands_after_the_token(older_llama):
     encoder = TextEncoder(tokens_with(older_llama, rstrip=True))
-    runs = [Run("<|user|>", False, True), Run("\n", False), Run("It hums.", True, answer=True)]
+    fragments = [Fragment("<|user|>", False, True), Fragment("\n", False), Fragment("It hums.", True, answer=True)]
     ids = older_llama("<|user|>\nIt hums.", add_special_tokens=False)["input_ids"]
-    assert encoder.prompt(runs, begins_itself=True) == ids
+    assert encoder.prompt(fragments, begins_itself=True) == ids
 
 
 def test_runs_with_control_tokens_have_the_ids_of_the_whole_text(tokenizer):
     """Between control tokens there is no seam, so transformers' encoding of the whole is the measure."""
     end = tokenizer.eos_token
-    runs = [Run("Where does the owl live?", False), Run(EOS, False, True), Run("It hums.", False), Run(end, True, True)]
-    ids = TextEncoder(tokenizer).prompt(runs)
+    fragments = [
+        Fragment("Where does the owl live?", False),
+        Fragment(EOS, False, True),
+        Fragment("It hums.", False),
+        Fragment(end, True, True),
+    ]
+    ids = TextEncoder(tokenizer).prompt(fragments)
     assert ids == tokenizer(f"Where does the owl live?{end}It hums.{end}")["input_ids"]
 
 
 def test_a_row_begins_with_the_beginning_of_text_unless_its_template_writes_it(tokenizer):
-    encoder, runs = TextEncoder(tokenizer), [Run("Hello.", False)]
-    assert encoder.prompt(runs) == tokenizer("Hello.")["input_ids"]
-    assert encoder.prompt(runs, begins_itself=True) == tokenizer("Hello.", add_special_tokens=False)["input_ids"]
+    encoder, fragments = TextEncoder(tokenizer), [Fragment("Hello.", False)]
+    assert encoder.prompt(fragments) == tokenizer("Hello.")["input_ids"]
+    assert encoder.prompt(fragments, begins_itself=True) == tokenizer("Hello.", add_special_tokens=False)["input_ids"]
     assert encoder.prompt([]) == encoder.bos == tokenizer("")["input_ids"]
-    assert encoder.runs([[], runs]) == [[], [encoder.prompt(runs)]]
+    assert encoder.fragments([[], fragments]) == [[], [encoder.prompt(fragments)]]
 
 
 def test_a_tokenizer_written_in_python_is_shown_what_a_text_continues():
@@ -120,7 +125,7 @@ def test_a_tokenizer_written_in_python_is_shown_what_a_text_continues():
     texts = ["a</s>", "é", ""]
     for place in ("first", "continuation"):
         assert encoder.encode(texts, place) == [[byte + 3 for byte in text.encode()] for text in texts]
-    assert encoder.prompt([Run("a", False), Run(EOS, True, True)]) == [ord("a") + 3, 1]
+    assert encoder.prompt([Fragment("a", False), Fragment(EOS, True, True)]) == [ord("a") + 3, 1]
 
 
 # -------------------------------------------------------------------------------------------------- control strings
@@ -168,21 +173,21 @@ def test_white_space_around_a_token_that_swallows_it_is_swallowed(tiny_model, mo
 
     tokenizer = tokens_with(AutoTokenizer.from_pretrained(tiny_model(model)), **sides)
     parts = ["<|user|>", " \n It hums. \n", "<|end|>", " \n ", "<|user|>"]
-    runs = [Run(part, False, part.startswith("<|")) for part in parts]
-    ids = TextEncoder(tokenizer).prompt(runs, begins_itself=True)
+    fragments = [Fragment(part, False, part.startswith("<|")) for part in parts]
+    ids = TextEncoder(tokenizer).prompt(fragments, begins_itself=True)
     assert ids == tokenizer("".join(parts), add_special_tokens=False)["input_ids"]
 
 
 def test_an_answer_keeps_its_white_space_beside_a_token_that_swallows_it(llama):
     encoder = TextEncoder(tokens_with(llama, lstrip=True, rstrip=True))
-    answer = Run(" \nIt hums. \n", True, answer=True)
-    ((_, ids, _),) = encoder.runs([[Run("<|user|>", False, True), answer, Run("<|end|>", True, True)]])
+    answer = Fragment(" \nIt hums. \n", True, answer=True)
+    ((_, ids, _),) = encoder.fragments([[Fragment("<|user|>", False, True), answer, Fragment("<|end|>", True, True)]])
     assert "".join(encoder.pieces([*encoder.encode(["x"], "first")[0], *ids])) == "x \nIt hums. \n"
 
 
 def test_a_token_typed_by_a_user_swallows_nothing(llama):
     encoder = TextEncoder(tokens_with(llama, lstrip=True, rstrip=True))
-    ((prompt, answer),) = encoder.runs([[Run("It hums. ", False), Run("<|end|>", True, answer=True)]])
+    ((prompt, answer),) = encoder.fragments([[Fragment("It hums. ", False), Fragment("<|end|>", True, answer=True)]])
     assert prompt == encoder.bos + encoder.encode(["It hums. "], "first")[0]
     assert answer == encoder.encode(["<|end|>"], "continuation")[0]
 
@@ -193,7 +198,7 @@ def test_a_token_typed_by_a_user_swallows_nothing(llama):
 @pytest.mark.parametrize("text", ["It hums.", "שלום 🦙 日本\n", "  two  spaces ", "👩\u200d👩\u200d👧", "</s> as text"])
 def test_the_pieces_of_a_row_joined_are_the_row(tokenizer, text):
     encoder = TextEncoder(tokenizer)
-    ids = encoder.prompt([Run(text, False), Run(EOS, True, True)])
+    ids = encoder.prompt([Fragment(text, False), Fragment(EOS, True, True)])
     pieces = encoder.pieces(ids)
     assert len(pieces) == len(ids)
     assert "".join(pieces) == tokenizer.decode(ids, clean_up_tokenization_spaces=False)

@@ -1,4 +1,4 @@
-"""The tokenizer's own chat template (Jinja), made into runs in which the user's text stays text.
+"""The tokenizer's own chat template (Jinja), made into fragments in which the user's text stays text.
 
 A rendered text does not say which `<|im_end|>` the template wrote and which one a user typed. So the shape of a
 conversation is rendered once with stand-ins for the messages; the control tokens are read from what is around them,
@@ -17,7 +17,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from lora_alpaca.errors import TemplateError
-from lora_alpaca.prompts.conversation import Conversation, Message, Run, joined
+from lora_alpaca.prompts.conversation import Conversation, Fragment, Message, joined
 
 _PADDING = " \n"  # around a stand-in, to see whether the template strips the text
 _STAND_IN = re.compile(r"(?P<left> \n)?qX(?P<number>\d+)Xq(?P<right>\n )?")
@@ -74,35 +74,37 @@ class ChatTemplate:
         if conversation.is_document:
             raise TemplateError(f"{conversation.where}: a text without a prompt, which only the template plain takes")
 
-    def prompt(self, conversation: Conversation) -> list[Run]:
+    def prompt(self, conversation: Conversation) -> list[Fragment]:
         """Return what generation is fed: the conversation up to the last user message, and the start of an answer."""
         messages = list(conversation.messages)
         if messages[-1].role == "assistant":
             messages.pop()
         rendered = self._render(messages, True, conversation.where)
-        runs = self._shaped(messages, False, conversation.where)
-        if "".join(run.text for run in runs) != rendered:
-            runs = self._rewritten(rendered, messages, conversation.where)
-        return joined(iter(runs))
+        fragments = self._shaped(messages, False, conversation.where)
+        if "".join(fragment.text for fragment in fragments) != rendered:
+            fragments = self._rewritten(rendered, messages, conversation.where)
+        return joined(iter(fragments))
 
-    def render(self, conversation: Conversation, last_only: bool = False) -> list[Run]:
-        """Return the runs of a training row; only the last answer is learned where the template rewrites others."""
+    def render(self, conversation: Conversation, last_only: bool = False) -> list[Fragment]:
+        """Return the fragments of a training row; where the template rewrites answers, the last alone is learned."""
         messages, where = list(conversation.messages), conversation.where
         rendered = self._render(messages, False, where)
-        runs = self._shaped(messages, last_only, where)
-        if "".join(run.text for run in runs) != rendered:
+        fragments = self._shaped(messages, last_only, where)
+        if "".join(fragment.text for fragment in fragments) != rendered:
             before = self.prompt(conversation)
-            prompt = "".join(run.text for run in before)
+            prompt = "".join(fragment.text for fragment in before)
             if not rendered.startswith(prompt):
                 raise TemplateError(
                     f"{where}: the chat template rewrites this conversation so that its last prompt is another one; "
                     "use vicuna or chatml"
                 )
             rest = self._rewritten(rendered[len(prompt) :], messages, where)
-            end = next((number for number, run in enumerate(rest) if run.control), len(rest))
-            answer = [run._replace(learned=number <= end, answer=number <= end) for number, run in enumerate(rest)]
-            runs = [*before, *answer]
-        return joined(iter(runs))
+            end = next((number for number, fragment in enumerate(rest) if fragment.control), len(rest))
+            answer = [
+                fragment._replace(learned=number <= end, answer=number <= end) for number, fragment in enumerate(rest)
+            ]
+            fragments = [*before, *answer]
+        return joined(iter(fragments))
 
     @cached_property
     def stop(self) -> str:
@@ -131,8 +133,8 @@ class ChatTemplate:
 
     # ------------------------------------------------------------------------------------------------- shapes
 
-    def _shaped(self, messages: list[Message], last_only: bool, where: str) -> list[Run]:
-        """Return the runs of messages, if the template does nothing to their texts but strip them."""
+    def _shaped(self, messages: list[Message], last_only: bool, where: str) -> list[Fragment]:
+        """Return the fragments of messages, if the template does nothing to their texts but strip them."""
         try:
             return _filled(self._shape(tuple(message.role for message in messages), last_only), messages)
         except TemplateError as error:
@@ -179,7 +181,7 @@ class ChatTemplate:
         for piece in filter(None, self._control.split(text)):
             yield Part(piece, control=self._control.fullmatch(piece) is not None)
 
-    def _rewritten(self, rendered: str, messages: list[Message], where: str) -> list[Run]:
+    def _rewritten(self, rendered: str, messages: list[Message], where: str) -> list[Fragment]:
         """Return a text in which the user's words cannot be found again: safe if they hold no control token."""
         if any(self._control.search(_text(message)) for message in messages):
             raise TemplateError(
@@ -213,11 +215,11 @@ def _stand_ins(roles: Iterable[str]) -> list[Message]:
     return [Message(role, f"{_PADDING}qX{number}Xq{_PADDING[::-1]}") for number, role in enumerate(roles)]
 
 
-def _filled(parts: Iterable[Part], messages: list[Message]) -> list[Run]:
-    """Return parts as runs, with the messages in their slots."""
+def _filled(parts: Iterable[Part], messages: list[Message]) -> list[Fragment]:
+    """Return parts as fragments, with the messages in their slots."""
     texts = [_text(message) for message in messages]
     return [
-        Run(part.what.fill(texts[part.what.number]) if isinstance(part.what, Slot) else part.what, *part[1:])
+        Fragment(part.what.fill(texts[part.what.number]) if isinstance(part.what, Slot) else part.what, *part[1:])
         for part in parts
     ]
 

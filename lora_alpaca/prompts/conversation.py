@@ -1,4 +1,4 @@
-"""What is said, and what a template makes of it: messages, conversations, and runs of text and control tokens."""
+"""What is said, and what a template makes of it: messages, conversations, and fragments of text and control tokens."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -65,7 +65,7 @@ class Conversation:
                 yield message.input
 
 
-class Run(NamedTuple):
+class Fragment(NamedTuple):
     """A stretch of text, or one control token by its name, and whether it is learned.
 
     `answer` marks what generation would have made, learned or not: it is encoded apart from what stands before it.
@@ -77,12 +77,12 @@ class Run(NamedTuple):
     answer: bool = False
 
 
-def joined(runs: Iterator[Run]) -> list[Run]:
-    """Return the runs with neighbouring texts put together, so that they are encoded together; answers stay apart."""
-    result: list[Run] = []
-    for run in runs:
-        if result and not run.control and not result[-1].control and result[-1].answer == run.answer:
-            result[-1] = run._replace(text=result[-1].text + run.text)
-        elif run.control or run.text:
-            result.append(run)
+def joined(fragments: Iterator[Fragment]) -> list[Fragment]:
+    """Return the fragments with neighbouring texts joined, so that they are encoded together; answers stay apart."""
+    result: list[Fragment] = []
+    for fragment in fragments:
+        if result and not fragment.control and not result[-1].control and result[-1].answer == fragment.answer:
+            result[-1] = fragment._replace(text=result[-1].text + fragment.text)
+        elif fragment.control or fragment.text:
+            result.append(fragment)
     return result

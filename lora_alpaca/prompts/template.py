@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from lora_alpaca.errors import TemplateError
-from lora_alpaca.prompts.conversation import EOS, Conversation, Run, joined
+from lora_alpaca.prompts.conversation import EOS, Conversation, Fragment, joined
 
 REQUIRED = ("prompt_input", "prompt_no_input", "response_split")
 PLACEHOLDERS = {  # that a key may hold; the first ones it must
@@ -65,29 +65,29 @@ class Template:
         if conversation.is_document and self.name != "plain":
             raise TemplateError(f"{where}a text without a prompt, which only the template plain takes")
 
-    def prompt(self, conversation: Conversation) -> list[Run]:
+    def prompt(self, conversation: Conversation) -> list[Fragment]:
         """Return what generation is fed: everything before the answer to the last user message."""
         return joined(self._before(conversation, len(conversation.users) - 1))
 
-    def render(self, conversation: Conversation, last_only: bool = False) -> list[Run]:
-        """Return the runs of a training row: prompt, answer, end, prompt, ...; `last_only` learns the last answer."""
+    def render(self, conversation: Conversation, last_only: bool = False) -> list[Fragment]:
+        """Return the fragments of a training row: prompt, answer, end, ...; `last_only` learns the last answer."""
         return joined(self._all(conversation, last_only))
 
-    def _all(self, conversation: Conversation, last_only: bool) -> Iterator[Run]:
+    def _all(self, conversation: Conversation, last_only: bool) -> Iterator[Fragment]:
         answers = conversation.answers
         for number in range(len(answers)):
             last = number == len(answers) - 1
             yield from self._prompt_of(conversation, number)
             yield from self._answer(answers[number], learned=last or not last_only, ends=last)
 
-    def _before(self, conversation: Conversation, number: int) -> Iterator[Run]:
-        """Yield the runs before answer `number`: those of the turns before it, none of them learned, and its prompt."""
+    def _before(self, conversation: Conversation, number: int) -> Iterator[Fragment]:
+        """Yield the fragments before answer `number`: the turns before it, not learned, and its prompt."""
         for earlier in range(number):
             yield from self._prompt_of(conversation, earlier)
             yield from self._answer(conversation.answers[earlier], learned=False, ends=False)
         yield from self._prompt_of(conversation, number)
 
-    def _prompt_of(self, conversation: Conversation, number: int) -> Iterator[Run]:
+    def _prompt_of(self, conversation: Conversation, number: int) -> Iterator[Fragment]:
         if conversation.is_document:
             return
         message = conversation.users[number]
@@ -100,21 +100,21 @@ class Template:
             yield from self._fill(self.system, {"system": system})
         yield from self._fill(self.prompt_input if message.input else self.prompt_no_input, values)
 
-    def _answer(self, text: str, learned: bool, ends: bool) -> Iterator[Run]:
+    def _answer(self, text: str, learned: bool, ends: bool) -> Iterator[Fragment]:
         """Yield an answer and its end token. What the template puts behind that belongs to the next prompt."""
-        for run in self._fill(self.answer, {"output": text}):
-            yield run._replace(learned=learned, answer=True)
+        for fragment in self._fill(self.answer, {"output": text}):
+            yield fragment._replace(learned=learned, answer=True)
         ended = False
-        for run in self._fill(self.end, {}):
-            yield run if ended else run._replace(learned=learned, answer=True)
-            ended |= run.control
+        for fragment in self._fill(self.end, {}):
+            yield fragment if ended else fragment._replace(learned=learned, answer=True)
+            ended |= fragment.control
             if ended and ends:
                 return
 
-    def _fill(self, form: str, values: dict[str, str]) -> Iterator[Run]:
+    def _fill(self, form: str, values: dict[str, str]) -> Iterator[Fragment]:
         """Yield a form with its placeholders filled, in one pass: braces typed by a user, `{input}` too, stay text."""
         for kind, piece in _pieces(form, self.control):
-            yield Run(values[piece] if kind == "placeholder" else piece, False, kind == "control")
+            yield Fragment(values[piece] if kind == "placeholder" else piece, False, kind == "control")
 
     @property
     def stop(self) -> str:
