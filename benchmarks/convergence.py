@@ -28,13 +28,17 @@ import torch
 import transformers
 from results_file import write
 
-from lora_alpaca import FinetuneConfig, adapters, checkpoints, data, finetune, models, planning
-from lora_alpaca.adapters import State
+from lora_alpaca import FinetuneConfig, adapters, checkpoints, data, finetune, planning
 from lora_alpaca.batching import rows_of_step, steps_per_epoch
 from lora_alpaca.data import Rows, demo_file
 from lora_alpaca.encoding import Encoder
 from lora_alpaca.engine import Settings, fitted
 from lora_alpaca.examples import Examples
+from lora_alpaca.models import lora
+from lora_alpaca.models.base import load_base, locate_base
+from lora_alpaca.models.device import choose_device
+from lora_alpaca.models.lora import State
+from lora_alpaca.models.tokenizer import load_tokenizer
 from lora_alpaca.preparation import prepare
 from lora_alpaca.prompts import fitting_template
 from lora_alpaca.ranks import Ranks
@@ -93,7 +97,7 @@ def task(name: str, file: Path, folder: Path) -> Task:
 
 
 def _encoded(path: Path, config: FinetuneConfig) -> Examples:
-    rows, tokenizer = Rows(str(path)), models.load_tokenizer(models.locate_base(config.base_model))
+    rows, tokenizer = Rows(str(path)), load_tokenizer(locate_base(config.base_model))
     template = fitting_template(rows.formats, tokenizer).bound(tokenizer)
     encoder = Encoder(tokenizer, template, config.cutoff_len, config.train_on_inputs)
     return prepare(rows, encoder, config, set(), lambda _: None).train
@@ -101,9 +105,9 @@ def _encoded(path: Path, config: FinetuneConfig) -> Examples:
 
 def start(config: FinetuneConfig) -> State:
     """Return the adapter that `finetune` starts from with a seed."""
-    base = models.locate_base(config.base_model)
+    base = locate_base(config.base_model)
     torch.manual_seed(config.seed)
-    return adapters.state(adapters.attach(models.load_base(base, models.place(config)[0]), config, base))
+    return lora.state(lora.attach(load_base(base, choose_device(config)[0]), config, base))
 
 
 # ------------------------------------------------------------------------------------------------ the two trainings
@@ -121,17 +125,19 @@ def ours(config: FinetuneConfig) -> tuple[States, Curve]:
 def recipe(task: Task, config: FinetuneConfig, first: State) -> tuple[States, Curve]:
     """Train by the alpaca-lora recipe; return its adapters, and the training losses between them."""
     plan = planning.resolve(config, len(task.train), 1)
-    base, placement = models.locate_base(config.base_model), models.place(config)[0]
-    model = adapters.attach(rivals.prepared(models.load_base(base, placement), "alpaca-lora"), config, base)
-    adapters.set_state(model, first, "the first adapter")
-    optimizer = torch.optim.AdamW(adapters.trainable(model), lr=config.learning_rate, weight_decay=config.weight_decay)
+    base, spec = locate_base(config.base_model), choose_device(config)[0]
+    model = lora.attach(rivals.prepared(load_base(base, spec), "alpaca-lora"), config, base)
+    lora.set_state(model, first, "the first adapter")
+    optimizer = torch.optim.AdamW(
+        lora.trainable_parameters(model), lr=config.learning_rate, weight_decay=config.weight_decay
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: plan.learning_rate(step, config) / config.learning_rate
     )
     arguments = transformers.TrainingArguments(
         output_dir=str(task.folder), num_train_epochs=config.num_epochs, max_grad_norm=config.max_grad_norm,
         per_device_train_batch_size=MICRO_BATCH, gradient_accumulation_steps=config.batch_size // MICRO_BATCH,
-        bf16=placement.dtype == torch.bfloat16, use_cpu=True, seed=config.seed, logging_steps=config.logging_steps,
+        bf16=spec.dtype == torch.bfloat16, use_cpu=True, seed=config.seed, logging_steps=config.logging_steps,
         logging_strategy="steps", save_strategy="no", report_to="none", disable_tqdm=True, remove_unused_columns=False,
         dataloader_pin_memory=False,
     )  # fmt: skip
@@ -149,7 +155,7 @@ def recipe(task: Task, config: FinetuneConfig, first: State) -> tuple[States, Cu
     steps = range(plan.total_steps)
     expected = [row for step in steps for row in rows_of_step(step, order.lengths, config.batch_size, config.seed)]
     assert order.drawn == expected and trainer.state.global_step == len(steps), "other rows, or in another order"
-    taken.states[len(steps)] = adapters.state(model)
+    taken.states[len(steps)] = lora.state(model)
     return taken.states, {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
 
 
@@ -192,7 +198,7 @@ class _Taken(transformers.TrainerCallback):
 
     def on_step_end(self, _: Any, state: Any, __: Any, model: Any = None, **___: Any) -> None:
         if state.global_step % self.every == 0:
-            self.states[state.global_step] = adapters.state(model)
+            self.states[state.global_step] = lora.state(model)
 
 
 # ------------------------------------------------------------------------------------------------------- measuring
@@ -201,14 +207,14 @@ class _Taken(transformers.TrainerCallback):
 def losses(task: Task, config: FinetuneConfig, states: States) -> Curve:
     """Return the validation loss of adapters by step, each put on one base and measured by our own validation."""
     with Ranks(config) as ranks:
-        base = models.locate_base(config.base_model)
-        model = adapters.attach(models.load_base(base, ranks.placement), config, base)
-        settings = Settings("packed", ranks.device, ranks.placement.dtype, planning.CPU_TOKENS, True, 1, 0)
+        base = locate_base(config.base_model)
+        model = lora.attach(load_base(base, ranks.spec), config, base)
+        settings = Settings("packed", ranks.device, ranks.spec.dtype, planning.CPU_TOKENS, True, 1, 0)
         with fitted(model, settings, task.validation, task.validation.lengths, ranks.autocast) as (engine, _):
             learner = Learner(engine, ranks, config.weight_decay, config.max_grad_norm)
             found = {}
             for step in sorted(states):
-                adapters.set_state(model, states[step], f"step {step}")
+                lora.set_state(model, states[step], f"step {step}")
                 found[step] = learner.evaluate(task.validation)
             return found
 

@@ -23,7 +23,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from lora_alpaca.models import demo_base
+from lora_alpaca.models.base import demo_base
 
 ROOT = Path(__file__).parent.parent
 CUTOFF = 512

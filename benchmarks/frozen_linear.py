@@ -16,7 +16,7 @@ from results_file import write
 
 from lora_alpaca.engine.allocator import keep_large_buffers
 from lora_alpaca.engine.frozen import frozen_forward
-from lora_alpaca.models import has_bf16
+from lora_alpaca.models.device import has_bf16
 
 IN, OUT, ROUNDS = 2048, 5504, 9
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

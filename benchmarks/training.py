@@ -34,13 +34,14 @@ import torch
 import transformers
 from results_file import write
 
-from lora_alpaca import adapters
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.engine import Engine, Padded, Settings, fitted
 from lora_alpaca.engine.allocator import keep_large_buffers
 from lora_alpaca.engine.check import difference, loss_and_gradient
 from lora_alpaca.examples import IGNORED, Example
-from lora_alpaca.models import Placement, load_base, locate_base
+from lora_alpaca.models import lora
+from lora_alpaca.models.base import load_base, locate_base
+from lora_alpaca.models.device import DeviceSpec
 from lora_alpaca.packing import pack, packs
 from lora_alpaca.ranks import Ranks
 from lora_alpaca.step import Learner
@@ -90,17 +91,17 @@ class Bench:
     def __init__(self, folder: Path, ranks: Ranks, examples: list[Example], dropout: float, as_shipped: bool = False):
         self.folder, self.ranks, self.examples = folder, ranks, examples
         self.dropout, self.as_shipped = dropout, as_shipped
-        self.dtype = ranks.placement.dtype
+        self.dtype = ranks.spec.dtype
         self._models: dict[Any, Any] = {}
 
     def model(self, bits: int, name: str = "ours") -> Any:
         """Return the model with its adapter; bits 8, 4 or 16 for the base."""
         if (bits, name) not in self._models:
-            placement = Placement(self.ranks.device, self.dtype, bits)
+            spec = DeviceSpec(self.ranks.device, self.dtype, bits)
             base = locate_base(str(self.folder))
-            model = rivals.prepared(load_base(base, placement), name)
+            model = rivals.prepared(load_base(base, spec), name)
             torch.manual_seed(0)
-            model = adapters.attach(model, FinetuneConfig(lora_dropout=self.dropout), base)
+            model = lora.attach(model, FinetuneConfig(lora_dropout=self.dropout), base)
             for parameter_name, parameter in model.named_parameters():
                 if "lora_B" in parameter_name:
                     torch.nn.init.normal_(parameter, std=0.02)
@@ -140,11 +141,11 @@ class Bench:
     def _ours(self, bits: int, changes: dict[str, Any]) -> tuple[float, float | None]:
         with self.fitted(self.model(bits), **changes) as (engine, _):
             learner = Learner(engine, self.ranks, weight_decay=0.0, max_norm=1.0)
-            state = adapters.state(engine.model)
+            state = lora.state(engine.model)
             begun = rivals.clock()
             step = learner.step(self.examples, 3e-4)
             seconds = rivals.clock() - begun
-            adapters.set_state(engine.model, state, "before")  # every run starts from the same adapter
+            lora.set_state(engine.model, state, "before")  # every run starts from the same adapter
         return seconds, step.loss
 
     def in_fp32(self) -> None:
@@ -299,7 +300,7 @@ def main() -> None:
         asked.width, asked.layers, asked.shape, asked.rounds = 512, 8, ["short"], 3
 
     with Ranks(config) as ranks, tempfile.TemporaryDirectory() as temporary:
-        folder, precision = Path(asked.folder or temporary), PRECISIONS[ranks.placement.dtype]
+        folder, precision = Path(asked.folder or temporary), PRECISIONS[ranks.spec.dtype]
         if asked.alone:
             examples = rows(asked.shape[0], asked.upstream)
             variant = Bench(folder, ranks, examples, dropout, as_shipped=True).variants()[asked.alone]

@@ -7,121 +7,35 @@ out before the base is loaded.
 
 import json
 import math
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 
-from lora_alpaca import models
 from lora_alpaca.config import FinetuneConfig
-from lora_alpaca.errors import AdapterError, ConfigError, ModelError
-from lora_alpaca.models import Base
-from lora_alpaca.skeletons import is_linear
+from lora_alpaca.errors import AdapterError, ConfigError
+from lora_alpaca.models.lora import (
+    CONFIG,
+    PICKLE,
+    WEIGHTS,
+    State,
+    require_same_tensors,
+    set_state,
+    with_lora,
+)
+from lora_alpaca.models.weights import weights_damage
 from lora_alpaca.storage.paths import user_path
-
-PICKLE = "adapter_model.bin"
-WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"  # the names that PEFT reads
-State = dict[str, torch.Tensor]
-
-
-def attach(model: Any, config: FinetuneConfig, base: Base) -> PeftModel:
-    """Return the model with a fresh, trainable LoRA adapter (B is zero), its parameters in fp32.
-
-    Raises ModelError listing what the model has, where a target module is not among it.
-    """
-    targets = target_modules(model, config)
-    lora = LoraConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=targets,
-        use_rslora=config.use_rslora,
-        use_dora=config.use_dora,
-        bias="none",
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base.path,
-        revision=base.revision,
-    )
-    return _with_adapter(model, lora)
-
-
-def _with_adapter(model: Any, lora: LoraConfig) -> PeftModel:
-    conv1d = transformers.pytorch_utils.Conv1D  # GPT-2's layers: their weight is transposed, unless quantised
-    lora.fan_in_fan_out = any(isinstance(part, conv1d) for part in model.modules())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT reads what transformers has renamed
-        warnings.filterwarnings("ignore", message=".*base_model_name_or_path.*renamed")  # its path on this machine
-        peft_model = get_peft_model(model, lora)
-    peft_model.active_peft_config.revision = lora.revision
-    assert isinstance(peft_model, PeftModel)
-    return peft_model
-
-
-def _linear_names(model: Any) -> list[str]:
-    """Return the last name parts of all linear layers but the head: what an adapter can be put on."""
-    head = model.get_output_embeddings()
-    return sorted(
-        {name.rpartition(".")[2] for name, part in model.named_modules() if is_linear(part) and part is not head}
-    )
-
-
-def target_modules(model: Any, config: FinetuneConfig) -> list[str] | str:
-    """Return the modules of a model, or of its skeleton, that get an adapter; ModelError where one is not there."""
-    there = _linear_names(model)
-    asked = config.lora_target_modules
-    if asked == ["all-linear"]:
-        return "all-linear"
-    if not config.is_set("lora_target_modules") and not set(asked) <= set(there):
-        known = PEFT_TARGETS.get(model.config.model_type)
-        asked = [known] if isinstance(known, str) else list(known or asked)
-        if isinstance(known, str):  # a regular expression over full names
-            return known
-    missing = [name for name in asked if name.rpartition(".")[2] not in there]
-    if missing:
-        raise ModelError(
-            f"--lora_target_modules {','.join(missing)}: the model has no such module; it has {', '.join(there)}"
-        )
-    return asked
-
-
-def state(model: PeftModel) -> State:
-    """Return the adapter's tensors on the CPU, under the names that PEFT saves them by."""
-    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-
-
-def settings(model: PeftModel) -> dict[str, Any]:
-    """Return what PEFT reads from adapter_config.json, in an order that does not change from run to run."""
-    return _written(model.active_peft_config)
-
-
-def _written(lora: Any) -> dict[str, Any]:
-    facts = lora.to_dict() | {"inference_mode": True}
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(facts.items())}
-
-
-def as_today(settings: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return settings that an earlier PEFT wrote as this one writes them. Raises AdapterError for unknown ones."""
-    try:
-        return _written(LoraConfig(**settings))
-    except (TypeError, ValueError) as error:
-        raise AdapterError(f"{where}: {str(error).splitlines()[0]}") from None
-
 
 # ---------------------------------------------------------------------------------------------- what was saved before
 
 
 def check_folder(flag: str, folder: Path) -> None:
     """Raise AdapterError, naming a flag, where a folder holds no adapter."""
-    if (folder / SETTINGS).is_file():
+    if (folder / CONFIG).is_file():
         return
-    reason = f"{SETTINGS} is missing" if folder.exists() else "no such folder"
+    reason = f"{CONFIG} is missing" if folder.exists() else "no such folder"
     if (folder / "config.json").is_file():
         reason = "it is a model; name it with --base_model"
     raise AdapterError(f"{flag} {folder}: no adapter there ({reason})")
@@ -144,7 +58,7 @@ def check_start(config: FinetuneConfig) -> None:
 
 def read_settings(folder: Path) -> dict[str, Any]:
     """Return the content of adapter_config.json. Raises AdapterError unless it describes a LoRA adapter."""
-    path = folder / SETTINGS
+    path = folder / CONFIG
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -173,7 +87,7 @@ def read(folder: Path, may_do_nothing: bool = False) -> State:
     if not path.is_file():
         pickled = f"; {PICKLE} is a pickle, which is not loaded: lora-alpaca convert_adapter {folder} NEW"
         raise AdapterError(f"{folder}: {WEIGHTS} is missing" + pickled * (folder / PICKLE).is_file())
-    if reason := models.damage(path):
+    if reason := weights_damage(path):
         raise AdapterError(f"{path} {reason}")
     tensors = load_file(path)
     check_tensors(tensors, str(path), may_do_nothing)
@@ -192,14 +106,14 @@ def check_tensors(tensors: State, where: str, may_do_nothing: bool = False) -> N
         raise AdapterError(f"{where}: the adapter changes nothing (every B is zero); it was never trained")
 
 
-def check_fit(skeleton: Any, folder: Path, tensors: State, pair: str) -> None:
-    """Raise AdapterError unless the tensors of a folder are exactly those that it would have on a base's skeleton.
+def check_fit(bare: Any, folder: Path, tensors: State, pair: str) -> None:
+    """Raise AdapterError unless the tensors of a folder are exactly those that it would have on the base without weights.
 
     `pair` names adapter and base.
     """
     with torch.device("meta"):
-        own = get_peft_model_state_dict(_dressed(skeleton, folder, pair), save_embedding_layers=False)
-    _check_same(own, tensors, pair)
+        own = get_peft_model_state_dict(_dressed(bare, folder, pair), save_embedding_layers=False)
+    require_same_tensors(own, tensors, pair)
 
 
 def load(model: Any, folder: Path, trainable: bool = False, dropout: float = 0.0) -> PeftModel:
@@ -220,39 +134,11 @@ def _dressed(model: Any, folder: Path, where: str, trainable: bool = False, drop
         lora = LoraConfig.from_pretrained(str(folder))
         lora.inference_mode = not trainable
         lora.lora_dropout = dropout
-        return _with_adapter(model, lora)
+        return with_lora(model, lora)
     except (ValueError, TypeError, KeyError) as error:
         raise AdapterError(
             f"{where}: the adapter does not fit this base model ({str(error).splitlines()[0]})"
         ) from None
-
-
-def set_state(model: PeftModel, tensors: State, where: str) -> None:
-    """Put tensors into the adapter of a model; AdapterError unless names and shapes are exactly the adapter's own."""
-    own = get_peft_model_state_dict(model, save_embedding_layers=False)
-    _check_same(own, tensors, where)
-    set_peft_model_state_dict(model, tensors)
-
-
-def _check_same(own: State, tensors: State, where: str) -> None:
-    """Raise AdapterError at the first tensor whose name or shape is not the adapter's own."""
-    for name in sorted(own.keys() ^ tensors.keys()):
-        raise AdapterError(
-            f"{where}: {name} is {'missing' if name in own else 'not part of this base model'}; wrong base model?"
-        )
-    for name, tensor in tensors.items():
-        if tensor.shape != own[name].shape:
-            raise AdapterError(f"{where}: {name} is {list(tensor.shape)}, the base model needs {list(own[name].shape)}")
-
-
-def trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """Return the parameters that training moves, in the model's order."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def layers(model: PeftModel) -> list[LoraLayer]:
-    """Return the layers that carry an adapter."""
-    return [part for part in model.modules() if isinstance(part, LoraLayer)]
 
 
 def download(hub_id: str, flag: str = "--lora_weights", weights: str = WEIGHTS) -> Path:

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from lora_alpaca.adapters import SETTINGS, WEIGHTS, State
 from lora_alpaca.errors import CheckpointError, ConfigError, TrainingError
+from lora_alpaca.models.lora import CONFIG, WEIGHTS, State
+from lora_alpaca.models.weights import as_safetensors
 from lora_alpaca.storage import atomic, output_folder
 from lora_alpaca.storage.output_folder import MANIFEST
 from lora_alpaca.storage.paths import files_below, read_json, sha256, user_path
@@ -54,13 +55,13 @@ def save(output_dir: Path, run: str, checkpoint: Checkpoint, settings: dict[str,
                 "go on from the one before with --resume --allow_change learning_rate"
             )
     contents = {
-        WEIGHTS: atomic.as_tensors(checkpoint.adapter),
-        SETTINGS: atomic.as_json(settings),
-        OPTIMIZER: atomic.as_tensors(checkpoint.optimizer),
+        WEIGHTS: as_safetensors(checkpoint.adapter),
+        CONFIG: atomic.as_json(settings),
+        OPTIMIZER: as_safetensors(checkpoint.optimizer),
         STATE: atomic.as_json(checkpoint.facts),
     }
     if checkpoint.best:
-        contents[BEST] = atomic.as_tensors(checkpoint.best)
+        contents[BEST] = as_safetensors(checkpoint.best)
     files = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in contents.items()}
     folder = output_dir / f"checkpoint-{step}"
     with atomic.staging_folder(folder) as stage:
@@ -128,7 +129,7 @@ def damage(folder: Path) -> str:
     """Return what is wrong with a checkpoint, or nothing if every file has the size and hash of its manifest."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        for name in (WEIGHTS, SETTINGS, OPTIMIZER, STATE, *files):
+        for name in (WEIGHTS, CONFIG, OPTIMIZER, STATE, *files):
             path, facts = folder / name, files[name]
             if not path.is_file() or path.stat().st_size != facts["bytes"] or sha256(path) != facts["sha256"]:
                 return f"{name} is missing or damaged"
@@ -179,7 +180,7 @@ def named(path: str) -> Path:
     if not (folder / MANIFEST).is_file():
         hint = (
             f"; to start from these weights with a fresh optimizer: --init_adapter {path}"
-            if (folder / SETTINGS).is_file()
+            if (folder / CONFIG).is_file()
             else ""
         )
         raise ConfigError(f"--resume_from_checkpoint {path}: holds no checkpoint{hint}")

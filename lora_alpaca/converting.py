@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from lora_alpaca import adapters
-from lora_alpaca.adapters import PICKLE, SETTINGS, WEIGHTS, State
 from lora_alpaca.config import ConvertConfig
 from lora_alpaca.errors import AdapterError, FolderError
+from lora_alpaca.models import lora
+from lora_alpaca.models.lora import CONFIG, PICKLE, WEIGHTS, State
+from lora_alpaca.models.weights import as_safetensors
 from lora_alpaca.storage import atomic, output_folder
 from lora_alpaca.storage.paths import user_path
 
@@ -43,8 +45,8 @@ def convert_adapter(config: ConvertConfig) -> Path:
     _check_shapes(state, settings, str(old / PICKLE))
 
     with output_folder.staging_folder(new) as stage:
-        atomic.write(stage / WEIGHTS, atomic.as_tensors(state))
-        atomic.write(stage / SETTINGS, atomic.as_json(settings))
+        atomic.write(stage / WEIGHTS, as_safetensors(state))
+        atomic.write(stage / CONFIG, atomic.as_json(settings))
         atomic.fsync_tree(stage)
         output_folder.move_into_place(stage, new, overwrite=False)
     print(f"{len(state)} tensors of {old / PICKLE} written to {new}")
@@ -72,8 +74,8 @@ def _settings(folder: Path) -> dict[str, Any]:
     old = adapters.read_settings(folder)
     for key in LONG_GONE:
         if old.get(key):
-            raise AdapterError(f"{folder / SETTINGS}: {key} is {old[key]}, which PEFT does not know any more")
-    return adapters.as_today({key: value for key, value in old.items() if key not in LONG_GONE}, str(folder / SETTINGS))
+            raise AdapterError(f"{folder / CONFIG}: {key} is {old[key]}, which PEFT does not know any more")
+    return lora.normalized({key: value for key, value in old.items() if key not in LONG_GONE}, str(folder / CONFIG))
 
 
 def _named(tensors: State, where: str) -> State:
@@ -101,5 +103,5 @@ def _check_shapes(state: State, settings: dict[str, Any], where: str) -> None:
                 raise AdapterError(f"{where}: {layer}lora_{part}.weight is {list(tensor.shape)}, and r is {rank}")
     if isinstance(targets, list) and set(layers.values()) != {name.rpartition(".")[2] for name in targets}:
         raise AdapterError(
-            f"{where}: tensors of {', '.join(sorted(set(layers.values())))}, and {SETTINGS} names {', '.join(targets)}"
+            f"{where}: tensors of {', '.join(sorted(set(layers.values())))}, and {CONFIG} names {', '.join(targets)}"
         )

@@ -17,8 +17,6 @@ A message says what is wrong, where (`file:row` or `--flag`) and what to do, in 
 as `error: ...` and exits with `exit_code`: 2 for what a user said, 1 for what happened while working.
 """
 
-from typing import Any
-
 
 class LoraAlpacaError(Exception):
     """The base of every error raised on purpose by this library."""
@@ -83,32 +81,3 @@ class RankError(LoraAlpacaError, RuntimeError):
 
 class ExportError(LoraAlpacaError, RuntimeError):
     """A merged model would not answer as base + adapter does."""
-
-
-class one_line:
-    """A context in which the many errors of loading a model become one ModelError of one line."""
-
-    def __init__(self, what: str):
-        self.what = what
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        expected = isinstance(error, (OSError, ValueError, TypeError, ImportError, KeyError))
-        of_a_library = type(error).__module__.startswith(("huggingface_hub", "safetensors"))
-        plain = type(error) is Exception  # of tokenizers
-        if not (expected or of_a_library or plain) or isinstance(error, LoraAlpacaError):
-            return
-        root = error
-        while root is not None and root.__cause__ is not None:
-            root = root.__cause__
-        reason, cause = _first_line(error), _first_line(root)
-        raise ModelError(f"{self.what}: {reason}" + (f", because {cause}" if cause not in reason else "")) from error
-
-
-def _first_line(error: BaseException | None) -> str:
-    """Return the first line of a message, and the next ones as long as they end in a colon."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    last = next((number for number, line in enumerate(lines) if not line.endswith(":")), 0)
-    return " ".join(lines[: last + 1]).removesuffix(".")

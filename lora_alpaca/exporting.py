@@ -12,13 +12,18 @@ from typing import Any
 
 import torch
 
-from lora_alpaca import adapters, contracts, fingerprints, memory, models, records, skeletons
+from lora_alpaca import adapters, contracts, records
 from lora_alpaca.config import ExportConfig
 from lora_alpaca.encoding import Encoder
 from lora_alpaca.errors import AdapterError, ExportError, FolderError, ModelError
-from lora_alpaca.models import DTYPES, Base, Placement
+from lora_alpaca.models import lora, memory
+from lora_alpaca.models.base import Base, load_base, locate_base
+from lora_alpaca.models.device import DTYPES, DeviceSpec, pick_device
+from lora_alpaca.models.fingerprint import weight_hashes
+from lora_alpaca.models.memory import gigabytes
+from lora_alpaca.models.meta import check_base_fits, memory_bytes, meta_model
+from lora_alpaca.models.tokenizer import load_tokenizer
 from lora_alpaca.prompts import AnyTemplate, Conversation
-from lora_alpaca.skeletons import gigabytes
 from lora_alpaca.storage import atomic, output_folder
 from lora_alpaca.storage.paths import files_below, user_path
 
@@ -53,18 +58,18 @@ def export_hf(config: ExportConfig) -> Path:
     if named != origin.base_model and origin.base_model:
         print(f"merging into {named}, as asked; the adapter records {origin.base_model}")
     revision = config.revision or (origin.base_revision if named == origin.base_model else None)
-    base = models.locate_base(named, revision, config.trust_remote_code)
+    base = locate_base(named, revision, config.trust_remote_code)
     stored = base.config.get_text_config().dtype or torch.float32
     target = stored if config.dtype == "auto" else DTYPES[config.dtype]
     _check_places(base, adapter, output_dir, target)
-    device = models.pick_device("cpu" if config.device == "auto" else config.device)
-    skeletons.check_base(base, placement := Placement(device, stored, bits=16))
+    device = pick_device("cpu" if config.device == "auto" else config.device)
+    check_base_fits(base, spec := DeviceSpec(device, stored, bits=16))
     for warning in records.check_adapter(adapter, origin, base):
         print(warning)
-    tokenizer = models.load_tokenizer(base, adapter if (adapter / "tokenizer_config.json").is_file() else None)
+    tokenizer = load_tokenizer(base, adapter if (adapter / "tokenizer_config.json").is_file() else None)
     template = origin.contract.keep(tokenizer) if origin.contract else template.bound(tokenizer)
 
-    model = models.load_base(base, placement)
+    model = load_base(base, spec)
     if _fits_in_fp32(model, device):
         model = model.float()
     print(f"merging {adapter} into {base.name} in {str(model.dtype).removeprefix('torch.')}")
@@ -95,7 +100,7 @@ def export_hf(config: ExportConfig) -> Path:
             "adapter": str(adapter.resolve()),
             "stop_ids": stop_ids,
             "receipt": receipt,
-            "weights": fingerprints.weight_hashes(replace(base, path=str(stage), revision=None)),
+            "weights": weight_hashes(replace(base, path=str(stage), revision=None)),
             "versions": records.versions(),
             "files": sorted({*files_below(stage)} - {atomic.LOCK}),
         }
@@ -117,9 +122,9 @@ def _check_places(base: Base, adapter: Path, output_dir: Path, dtype: torch.dtyp
         if output_dir.exists() and source.exists() and output_dir.samefile(source):
             raise FolderError(f"--output_dir {output_dir} is the folder of {flag}; name another folder")
     above = next(parent for parent in output_dir.resolve().parents if parent.exists())
-    if (skeleton := skeletons.skeleton(base)) is None:
+    if (bare := meta_model(base)) is None:
         return
-    needed = skeletons.memory_bytes(skeleton, Placement(torch.device("cpu"), dtype, bits=16))
+    needed = memory_bytes(bare, DeviceSpec(torch.device("cpu"), dtype, bits=16))
     if needed > (free := shutil.disk_usage(above).free):
         raise FolderError(
             f"--output_dir {output_dir}: the merged model takes {gigabytes(needed)}, and {gigabytes(free)} are free "
@@ -129,7 +134,7 @@ def _check_places(base: Base, adapter: Path, output_dir: Path, dtype: torch.dtyp
 
 def _fits_in_fp32(model: Any, device: torch.device) -> bool:
     """Return whether the model can be held in fp32 beside its stored weights, with a fifth of the memory to spare."""
-    return sum(parameter.numel() for parameter in model.parameters()) * 4 < 0.8 * memory.left(device)[0]
+    return sum(parameter.numel() for parameter in model.parameters()) * 4 < 0.8 * memory.free_and_total(device)[0]
 
 
 def _probe_ids(tokenizer: Any, template: AnyTemplate) -> list[torch.Tensor]:
@@ -147,7 +152,7 @@ def _logits(model: Any, probes: list[torch.Tensor]) -> torch.Tensor:
 def _merge(model: Any, adapter: Path) -> int:
     """Merge layer by layer and return how many weights changed; AdapterError if none does."""
     changed = 0
-    for layer in adapters.layers(model):
+    for layer in lora.lora_layers(model):
         weight = layer.get_base_layer().weight
         before = weight.detach().clone()
         layer.merge(safe_merge=True)  # raises on NaN before it touches the weight

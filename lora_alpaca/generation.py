@@ -16,12 +16,17 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from lora_alpaca import adapters, contracts, fingerprints, models, records, skeletons
+from lora_alpaca import adapters, contracts, records
 from lora_alpaca.config import GenerateConfig
 from lora_alpaca.config.shared import ADAPTER_DIR, DEMO
 from lora_alpaca.encoding import Encoder
 from lora_alpaca.errors import ConfigError
-from lora_alpaca.models import Base
+from lora_alpaca.models import lora
+from lora_alpaca.models.base import Base, load_base, locate_base
+from lora_alpaca.models.device import choose_device
+from lora_alpaca.models.fingerprint import weight_hashes
+from lora_alpaca.models.meta import check_base_fits
+from lora_alpaca.models.tokenizer import load_tokenizer
 from lora_alpaca.prompts import AnyTemplate, Conversation, Message, load_template
 from lora_alpaca.records import Origin
 from lora_alpaca.storage import output_folder
@@ -84,15 +89,15 @@ class Generator:
         """
         source = _find(config)
         template = _template(config, source)
-        placement, said = models.place(config)
+        spec, said = choose_device(config)
         _say(*said)
-        skeletons.check_base(source.base, placement)
+        check_base_fits(source.base, spec)
         if source.adapter is not None and source.origin is not None:
             _say(*records.check_adapter(source.adapter, source.origin, source.base))
-        tokenizer = models.load_tokenizer(source.base, source.tokenizer_dir)
+        tokenizer = load_tokenizer(source.base, source.tokenizer_dir)
         contract = source.origin.contract if source.origin else None
         template = contract.keep(tokenizer) if contract else template.bound(tokenizer)
-        model = models.load_base(source.base, placement)
+        model = load_base(source.base, spec)
         if source.adapter is not None:
             model = adapters.load(model, source.adapter).eval()
         names = ("temperature", "top_p", "top_k", "num_beams", "max_new_tokens", "seed")
@@ -242,7 +247,7 @@ def _find(config: GenerateConfig) -> Source:
         return _model_alone(config, named or DEMO)
     default = Path(ADAPTER_DIR)
     adapter = user_path(config.lora_weights) if config.lora_weights else None
-    if adapter is None and (default / adapters.SETTINGS).is_file():
+    if adapter is None and (default / lora.CONFIG).is_file():
         origin = records.read_origin(default)
         if not named or _same_base(named, origin.base_model):
             adapter = default
@@ -257,7 +262,7 @@ def _find(config: GenerateConfig) -> Source:
     if not named and not origin.base_model:
         raise ConfigError(f"{adapter} does not record its base model; name it with --base_model")
     revision = config.revision or (None if named and not _same_base(named, origin.base_model) else origin.base_revision)
-    base = models.locate_base(named or origin.base_model, revision, config.trust_remote_code)
+    base = locate_base(named or origin.base_model, revision, config.trust_remote_code)
     _say(f"adapter {adapter} on {base.name}")
     return Source(base, adapter, adapter if (adapter / "tokenizer_config.json").is_file() else None, origin)
 
@@ -265,11 +270,11 @@ def _find(config: GenerateConfig) -> Source:
 def _model_alone(config: GenerateConfig, named: str) -> Source:
     if not named:
         _say(f"no adapter in {ADAPTER_DIR} yet: answering with the untrained demo base")
-    base = models.locate_base(named or DEMO, config.revision, config.trust_remote_code)
+    base = locate_base(named or DEMO, config.revision, config.trust_remote_code)
     folder = Path(base.path)
     origin = records.read_origin(folder) if output_folder.read_record(folder) else None
     if origin is not None:
-        fingerprints.weight_hashes(base)  # which checks them
+        weight_hashes(base)  # which checks them
     if named:
         _say(f"model {base.name}" + (", merged by lora_alpaca" if origin else ", without an adapter"))
     return Source(base, None, None, origin)

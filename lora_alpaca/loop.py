@@ -10,14 +10,15 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from lora_alpaca import adapters, checkpoints
-from lora_alpaca.adapters import State
+from lora_alpaca import checkpoints
 from lora_alpaca.batching import rows_of_step
 from lora_alpaca.checkpoints import Checkpoint
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.engine import Packed, Padded
 from lora_alpaca.errors import RankError, TrainingError
 from lora_alpaca.examples import Examples
+from lora_alpaca.models import lora
+from lora_alpaca.models.lora import State
 from lora_alpaca.planning import Plan
 from lora_alpaca.records import Run
 from lora_alpaca.signals import Interrupted, StepAbandoned
@@ -210,7 +211,7 @@ class Loop:
         progress.without_gain += 1
         if loss < progress.best_loss:
             progress.best_loss, progress.best_step, progress.without_gain = loss, progress.step, 0
-            progress.best = adapters.state(self.learner.model)
+            progress.best = lora.state(self.learner.model)
         self.reporter.say(
             f"validation loss {loss:.4f} at step {progress.step}" + ("" if progress.without_gain else ", the best")
         )
@@ -229,7 +230,7 @@ class Loop:
             self.saved = self.progress.step
             return
         try:
-            settings = adapters.settings(self.learner.model)
+            settings = lora.peft_config(self.learner.model)
             checkpoints.save(self.output_dir, self.record["run"], self._checkpoint(), settings)
         except OSError as error:
             self.failed_saves += 1
@@ -265,7 +266,7 @@ class Loop:
             "scaler": self.ranks.scaler.state_dict() if self.ranks.scaler is not None else None,
             "tracker": self.ranks.tracker_id(),
         }
-        state = adapters.state(self.learner.model)
+        state = lora.state(self.learner.model)
         return Checkpoint(facts, state, self.learner.optimizer_state(), self.progress.best)
 
     def _newest(self) -> str:

@@ -8,12 +8,15 @@ from typing import Any, Literal
 
 import torch
 
-from lora_alpaca import adapters, models, records, skeletons
+from lora_alpaca import records
 from lora_alpaca.batching import steps_per_epoch
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.config.shared import DEMO, UPSTREAM_DATA
 from lora_alpaca.errors import ConfigError
-from lora_alpaca.models import Base, Placement
+from lora_alpaca.models import lora
+from lora_alpaca.models.base import Base, demo_base
+from lora_alpaca.models.device import DeviceSpec
+from lora_alpaca.models.meta import check_base_fits, meta_model
 from lora_alpaca.reports import Reporter
 from lora_alpaca.storage.paths import user_path
 
@@ -57,7 +60,7 @@ def with_recipe(config: FinetuneConfig, world_size: int, reporter: Reporter) -> 
     if not config.data_path:
         chosen["data_path"] = UPSTREAM_DATA if config.base_model not in ("", DEMO) else DEMO
     if chosen.get("base_model", config.base_model) == DEMO:
-        recipe = json.loads((models.demo_base().parent / "recipe.json").read_text(encoding="utf-8"))
+        recipe = json.loads((demo_base().parent / "recipe.json").read_text(encoding="utf-8"))
         if chosen.get("data_path", config.data_path) != DEMO:
             del recipe["val_set_size"]  # it fits the demo's rows; the others fit the model
         recipe = {name: value for name, value in recipe.items() if not config.is_set(name)}
@@ -72,18 +75,18 @@ def with_recipe(config: FinetuneConfig, world_size: int, reporter: Reporter) -> 
 HIGH_RATE = 0.1  # above it, LoRA as good as never learns
 
 
-def within_model(config: FinetuneConfig, base: Base, placement: Placement, reporter: Reporter) -> FinetuneConfig:
+def within_model(config: FinetuneConfig, base: Base, spec: DeviceSpec, reporter: Reporter) -> FinetuneConfig:
     """Return the config with rows no longer than the model can take; what is odd is said.
 
     Raises ConfigError if longer rows were asked for, ModelError for target modules that are not there and for a base
     larger than the memory, AdapterError for an --init_adapter that was not made for this base.
     """
-    reporter.say(*skeletons.check_base(base, placement))
+    reporter.say(*check_base_fits(base, spec))
     if config.init_adapter:
         start = user_path(config.init_adapter)
         reporter.say(*records.check_adapter(start, records.read_origin(start), base))
-    elif (skeleton := skeletons.skeleton(base)) is not None:
-        adapters.target_modules(skeleton, config)
+    elif (bare := meta_model(base)) is not None:
+        lora.target_modules(bare, config)
     width = base.config.get_text_config().hidden_size
     if config.lora_r > width:
         reporter.say(f"warning: --lora_r {config.lora_r} is more than the model is wide ({width}), which gains nothing")

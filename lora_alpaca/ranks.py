@@ -16,9 +16,9 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
 
-from lora_alpaca import models
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.errors import RankError
+from lora_alpaca.models.device import choose_device, pick_device
 from lora_alpaca.peers import ANOTHER, STOPPED, Peers, group_of_this_run
 from lora_alpaca.reports import Reporter, usable_tracker
 from lora_alpaca.signals import Interrupted, Stop
@@ -31,7 +31,7 @@ class Ranks:
 
     def __init__(self, config: FinetuneConfig, stop: Stop | None = None):
         self.stop = Stop() if stop is None else stop  # one that nothing has asked yet is false
-        device = models.pick_device(config.device)
+        device = pick_device(config.device)
         group = group_of_this_run(timedelta(seconds=config.rank_timeout))
         processes = PartialState(cpu=device.type == "cpu", **group)
         self.rank: int = processes.process_index
@@ -40,13 +40,13 @@ class Ranks:
         self._seed = 0
         self._peers = Peers(self.rank, self.world_size, self.stop.hurry) if self.world_size > 1 else None
         self.reporter = Reporter(quiet=not self.first)
-        self.placement, said = models.place(config, processes.device, default_bits=8)
+        self.spec, said = choose_device(config, processes.device, default_bits=8)
         tracker, trouble = usable_tracker("wandb" if config.wandb_project else config.report_to)
         self.reporter.say(*said, *filter(None, [trouble]))
         self._tracker = tracker
         self._accelerator = Accelerator(
             cpu=device.type == "cpu",
-            mixed_precision={torch.bfloat16: "bf16", torch.float16: "fp16"}.get(self.placement.dtype, "no"),
+            mixed_precision={torch.bfloat16: "bf16", torch.float16: "fp16"}.get(self.spec.dtype, "no"),
             log_with=tracker,
             project_dir=config.output_dir,
         )

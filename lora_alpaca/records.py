@@ -10,13 +10,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_alpaca import __version__, adapters, checkpoints, contracts, fingerprints, skeletons
-from lora_alpaca.adapters import State
+from lora_alpaca import __version__, adapters, checkpoints, contracts
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.contracts import Contract
 from lora_alpaca.errors import AdapterError, TemplateError
 from lora_alpaca.ledger import Ledger
-from lora_alpaca.models import Base, Placement
+from lora_alpaca.models import lora
+from lora_alpaca.models.base import Base
+from lora_alpaca.models.device import DeviceSpec
+from lora_alpaca.models.fingerprint import hash_base
+from lora_alpaca.models.lora import State
+from lora_alpaca.models.meta import meta_model
+from lora_alpaca.models.weights import as_safetensors
 from lora_alpaca.prompts import AnyTemplate, load_template
 from lora_alpaca.storage import atomic, output_folder
 from lora_alpaca.storage.paths import files_below, read_json, sha256
@@ -59,7 +64,7 @@ def describe(
     base_sha256: str,
     template: AnyTemplate,
     tokenizer_sha256: str,
-    placement: Placement,
+    spec: DeviceSpec,
     world_size: int,
     data_sha256: str,
     ledger: Ledger,
@@ -74,7 +79,7 @@ def describe(
         "base_sha256": base_sha256,
         "template": template.to_json(),
         "tokenizer_sha256": tokenizer_sha256,
-        "precision": str(placement),
+        "precision": str(spec),
         "ranks": world_size,
         "data_sha256": data_sha256,
         "ledger": ledger.to_json(),
@@ -116,10 +121,10 @@ class Adapter:
         """
         with atomic.rust_errors_as_oserror(), atomic.staging_folder(output_dir / "final") as stage:
             self.tokenizer.save_pretrained(stage)
-            atomic.write(stage / adapters.SETTINGS, atomic.as_json(self.settings))
+            atomic.write(stage / lora.CONFIG, atomic.as_json(self.settings))
             atomic.write(stage / contracts.FILE, atomic.as_json(self.contract))
-            weights = atomic.as_tensors(self.state)
-            atomic.write(stage / adapters.WEIGHTS, weights)
+            weights = as_safetensors(self.state)
+            atomic.write(stage / lora.WEIGHTS, weights)
             atomic.fsync_tree(stage)
             files = files_below(stage)
             for name in files:
@@ -183,13 +188,13 @@ def check_adapter(folder: Path, origin: Origin, base: Base) -> list[str]:
     It is whole, finite, as it was saved and not a no-op, which only a checkpoint may be; and made for these weights.
     """
     tensors = adapters.read(folder, may_do_nothing=origin.checkpoint)
-    if origin.adapter_sha256 not in (None, sha256(folder / adapters.WEIGHTS)):
-        raise AdapterError(f"{folder / adapters.WEIGHTS}: not as it was saved (its sha256 is another); copy it again")
-    if (skeleton := skeletons.skeleton(base)) is not None:
-        adapters.check_fit(skeleton, folder, tensors, f"{folder}, made for {origin.base_model}, on {base.name}")
+    if origin.adapter_sha256 not in (None, sha256(folder / lora.WEIGHTS)):
+        raise AdapterError(f"{folder / lora.WEIGHTS}: not as it was saved (its sha256 is another); copy it again")
+    if (bare := meta_model(base)) is not None:
+        adapters.check_fit(bare, folder, tensors, f"{folder}, made for {origin.base_model}, on {base.name}")
     if origin.base_sha256 is None:
         return [UNKNOWN_BASE]
-    if origin.base_sha256 != fingerprints.base_fingerprint(base):
+    if origin.base_sha256 != hash_base(base):
         raise AdapterError(
             f"{folder} was trained on {origin.base_model}, and the weights of {base.name} are others; name that base"
         )

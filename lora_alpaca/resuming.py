@@ -4,11 +4,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lora_alpaca import adapters, checkpoints, planning, records
+from lora_alpaca import checkpoints, planning, records
 from lora_alpaca.checkpoints import Checkpoint
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.errors import CheckpointError
 from lora_alpaca.examples import Examples
+from lora_alpaca.models import lora
 from lora_alpaca.planning import Plan
 from lora_alpaca.prompts import AnyTemplate, template_from_json
 from lora_alpaca.reports import Reporter
@@ -78,7 +79,7 @@ def plan_as_before(checkpoint: Checkpoint, config: FinetuneConfig, train: Exampl
 
 def restore(checkpoint: Checkpoint, learner: Learner) -> None:
     """Put adapter, optimizer and loss scale back."""
-    adapters.set_state(learner.model, checkpoint.adapter, "checkpoint")
+    lora.set_state(learner.model, checkpoint.adapter, "checkpoint")
     learner.load_optimizer_state(checkpoint.optimizer)
     if learner.ranks.scaler is not None and checkpoint.facts["scaler"]:
         learner.ranks.scaler.load_state_dict(checkpoint.facts["scaler"])

@@ -7,12 +7,13 @@ from collections.abc import Iterator, Sequence
 from itertools import cycle, groupby
 from pathlib import Path
 
-from lora_alpaca import models
 from lora_alpaca.config import ShowConfig
 from lora_alpaca.config.shared import DEMO
 from lora_alpaca.data import Rows
 from lora_alpaca.encoding import Encoded, Encoder
 from lora_alpaca.errors import ConfigError, FolderError
+from lora_alpaca.models.base import locate_base
+from lora_alpaca.models.tokenizer import load_tokenizer
 from lora_alpaca.prompts import Conversation, fitting_template, load_template
 from lora_alpaca.storage import atomic
 from lora_alpaca.storage.paths import user_path
@@ -31,8 +32,8 @@ def show(config: ShowConfig) -> None:
     numbers = (
         _numbers(config.row, len(rows)) if config.is_set("row") or target is None else range(1, ROWS_ON_A_PAGE + 1)
     )
-    base = models.locate_base(config.base_model or DEMO, config.revision, config.trust_remote_code)
-    tokenizer = models.load_tokenizer(base)
+    base = locate_base(config.base_model or DEMO, config.revision, config.trust_remote_code)
+    tokenizer = load_tokenizer(base)
     template = (template or fitting_template(rows.formats, tokenizer)).bound(tokenizer)
     encoder = Encoder(
         tokenizer, template, config.cutoff_len, config.train_on_inputs, config.add_eos_token, config.train_on

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
-from lora_alpaca import memory
-from lora_alpaca.adapters import State, trainable
 from lora_alpaca.engine import Engine
 from lora_alpaca.errors import TrainingError
 from lora_alpaca.examples import Example
+from lora_alpaca.models import memory
+from lora_alpaca.models.lora import State, trainable_parameters
 from lora_alpaca.ranks import Ranks
 
 LESS = "lower --token_budget or --cutoff_len (with --engine padded, --micro_batch_size)"
@@ -45,7 +45,7 @@ class Learner:
         self.ranks = ranks
         self.max_norm = max_norm
         self.shrinks = shrinks
-        self.parameters = trainable(self.model)
+        self.parameters = trainable_parameters(self.model)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, weight_decay=weight_decay)
 
     def step(self, examples: Sequence[Example], learning_rate: float) -> Step:
@@ -101,7 +101,9 @@ class Learner:
                 smaller = self.engine.smaller() if self.shrinks else None
                 if smaller is None:
                     less = LESS if self.shrinks else f"{LESS}, or say --on_oom shrink"
-                    raise TrainingError(f"out of memory ({error}); {memory.free(self.ranks.device)}; {less}") from None
+                    raise TrainingError(
+                        f"out of memory ({error}); {memory.describe_free(self.ranks.device)}; {less}"
+                    ) from None
                 self.ranks.reporter.say(f"out of memory: going on with {smaller}; the optimizer batch stays as it is")
                 self.engine = smaller
             memory.release(self.ranks.device)

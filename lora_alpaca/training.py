@@ -8,14 +8,17 @@ from typing import Any
 
 import torch
 
-from lora_alpaca import adapters, checkpoints, contracts, data, models, planning, preparation, records, resuming
+from lora_alpaca import adapters, checkpoints, contracts, data, planning, preparation, records, resuming
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.data import Rows
 from lora_alpaca.encoding import Encoder
 from lora_alpaca.engine import Settings, fitted
 from lora_alpaca.errors import DataError, TrainingError
-from lora_alpaca.fingerprints import base_fingerprint
 from lora_alpaca.loop import Loop, Progress
+from lora_alpaca.models import lora
+from lora_alpaca.models.base import load_base, locate_base
+from lora_alpaca.models.fingerprint import hash_base
+from lora_alpaca.models.tokenizer import load_tokenizer
 from lora_alpaca.planning import Plan
 from lora_alpaca.preparation import Prepared
 from lora_alpaca.prompts import AnyTemplate, fitting_template, load_template
@@ -57,9 +60,9 @@ def finetune(config: FinetuneConfig, rows: Rows | None = None) -> Run:
             raise DataError(f"--data_path {config.data_path}: the processes read different rows; is it being written?")
         held_out = data.held_out(len(rows), config.val_set_size, config.seed)
 
-        base = models.locate_base(config.base_model, config.revision, config.trust_remote_code)
-        config = planning.within_model(config, base, ranks.placement, ranks.reporter)
-        tokenizer = models.load_tokenizer(base)
+        base = locate_base(config.base_model, config.revision, config.trust_remote_code)
+        config = planning.within_model(config, base, ranks.spec, ranks.reporter)
+        tokenizer = load_tokenizer(base)
         resumed = checkpoints.load(checkpoint_dir) if checkpoint_dir else None
         as_before = resuming.template_as_before(resumed, template)
         template = (as_before or fitting_template(rows.formats, tokenizer)).bound(tokenizer)
@@ -75,23 +78,23 @@ def finetune(config: FinetuneConfig, rows: Rows | None = None) -> Run:
             say("warning: --add_eos_token False: the end token is not learned, so answers will not stop by themselves")
 
         with ranks.first_here():  # the others find the hashes of its files in the cache
-            base_sha256 = base_fingerprint(base)
+            base_sha256 = hash_base(base)
         hashes = (base_sha256, template, fingerprint(tokenizer))
-        record = records.describe(config, base, *hashes, ranks.placement, ranks.world_size, rows.digest, ledger)
+        record = records.describe(config, base, *hashes, ranks.spec, ranks.world_size, rows.digest, ledger)
         record["validation_sha256"] = validation.digest()
         changed = resuming.check_same(resumed, record, config.allow_change or []) if resumed else {}
         say(*changed.values())
         plan = resuming.plan_as_before(resumed, config, train, ranks.world_size) if resumed else None
         plan = plan or planning.resolve(config, len(train), ranks.world_size)
-        say(f"base: {base.name}, {ranks.placement}", f"plan: {plan}")
+        say(f"base: {base.name}, {ranks.spec}", f"plan: {plan}")
 
         torch.manual_seed(config.seed)  # the adapter's first weights are the same on every rank
-        model = models.load_base(base, ranks.placement)  # the first heavy step
+        model = load_base(base, ranks.spec)  # the first heavy step
         if config.init_adapter:
             start = user_path(config.init_adapter)
             model = adapters.load(model, start, trainable=True, dropout=config.lora_dropout)
         else:
-            model = adapters.attach(model, config, base)
+            model = lora.attach(model, config, base)
         output_folder.check_space(output_dir, _bytes_written(model, config, plan))
         if not resumed or planning.ENGINE_OPTIONS & changed.keys():
             planning.resolve_engine(config, plan, model, ranks.device, train.lengths, ranks.world_size)
@@ -101,7 +104,7 @@ def finetune(config: FinetuneConfig, rows: Rows | None = None) -> Run:
         settings = Settings(
             plan.engine,
             ranks.device,
-            ranks.placement.dtype,
+            ranks.spec.dtype,
             plan.token_budget,
             config.share_prefix,
             plan.micro_batch_size,
@@ -136,10 +139,10 @@ def finetune(config: FinetuneConfig, rows: Rows | None = None) -> Run:
             run = progress.result(output_dir)
             if ranks.first:
                 checkpoints.sweep(output_dir)  # nothing hidden stays in what is finished
-                state = progress.best or adapters.state(model)
+                state = progress.best or lora.state(model)
                 stop_ids = contracts.stop_ids(model.generation_config.eos_token_id, tokenizer, template)
                 contract = contracts.draw_up(tokenizer, template, stop_ids, train)
-                _save(Adapter(state, adapters.settings(model), tokenizer, contract, record), run)
+                _save(Adapter(state, lora.peft_config(model), tokenizer, contract, record), run)
             ranks.wait()
         ranks.keep_model(config, output_dir)
         say(f"adapter saved in {output_dir}: {run.steps} steps in {minutes(run.seconds)}{_gain(run)}")
@@ -150,7 +153,7 @@ def finetune(config: FinetuneConfig, rows: Rows | None = None) -> Run:
 
 def _bytes_written(model: Any, config: FinetuneConfig, plan: Plan) -> int:
     """Return what lies on the disk at the most: checkpoints with adapter, two moments and the best, and one staged."""
-    adapter = sum(parameter.numel() * 4 for parameter in adapters.trainable(model))
+    adapter = sum(parameter.numel() * 4 for parameter in lora.trainable_parameters(model))
     kept = min(config.save_total_limit, plan.total_steps // plan.save_steps)
     return 4 * adapter * (kept + 1)
 

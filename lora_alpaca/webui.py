@@ -20,11 +20,11 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 import gradio as gr
 
-from lora_alpaca import models
 from lora_alpaca.config import GenerateConfig
 from lora_alpaca.config.shared import ADAPTER_DIR, DEMO
 from lora_alpaca.errors import ConfigError, LoraAlpacaError
 from lora_alpaca.generation import Generator
+from lora_alpaca.models.base import demo_base
 from lora_alpaca.storage.paths import user_path
 
 TITLE = "LoRA Alpaca"
@@ -171,7 +171,7 @@ def _described(generator: Generator, config: GenerateConfig) -> str:
     """Return a line on what answers here. Of a folder only its name is shown, for the page may be public."""
     model = generator.model
     base = model.config.name_or_path
-    names = [DEMO if base == str(models.demo_base()) else base]
+    names = [DEMO if base == str(demo_base()) else base]
     if hasattr(model, "peft_config"):
         names.append(config.lora_weights or ADAPTER_DIR)
     shown = [Path(name).resolve().name if user_path(name).exists() else name for name in names]

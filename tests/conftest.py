@@ -206,7 +206,7 @@ def _save_byte_level(architecture: str, texts: list[str], folder: Path) -> None:
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Path:
     """Go to an empty folder and return it; a model that is loaded meanwhile fails the test."""
     if "model_loads" not in request.fixturenames:
-        monkeypatch.setattr("lora_alpaca.models.load_base", lambda *_: pytest.fail("the model was loaded first"))
+        monkeypatch.setattr("lora_alpaca.models.base.load_base", lambda *_: pytest.fail("the model was loaded first"))
     folder = tmp_path / "here"
     folder.mkdir()
     monkeypatch.chdir(folder)

@@ -12,14 +12,18 @@ from conftest import as_row
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from lora_alpaca import FinetuneConfig, adapters, finetune, models, records, skeletons
+from lora_alpaca import FinetuneConfig, adapters, finetune, records
 from lora_alpaca.config import ConvertConfig
 from lora_alpaca.converting import convert_adapter
 from lora_alpaca.errors import AdapterError
+from lora_alpaca.models import base, lora
+from lora_alpaca.models.base import load_base, locate_base
+from lora_alpaca.models.device import DeviceSpec
+from lora_alpaca.models.meta import meta_model
 from lora_alpaca.storage import atomic, output_folder
 from lora_alpaca.storage.paths import sha256
 
-WEIGHTS, SETTINGS = adapters.WEIGHTS, adapters.SETTINGS
+WEIGHTS, SETTINGS = lora.WEIGHTS, lora.CONFIG
 COMMANDS = ("finetune", "generate", "export")
 
 
@@ -183,7 +187,7 @@ KINDS = {
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_refused(kind, command, there, tmp_path, data_path, tiny_llama, tiny_model, monkeypatch):
-    monkeypatch.setattr(models, "load_base", lambda *_: pytest.fail("the base was loaded first"))
+    monkeypatch.setattr(base, "load_base", lambda *_: pytest.fail("the base was loaded first"))
     damage, said = KINDS[kind]
     base = shutil.copytree(tiny_llama, tmp_path / "base")
     if isinstance(damage, str):
@@ -300,7 +304,7 @@ def test_an_old_adapter_becomes_one_that_peft_reads(old, adapter, tmp_path, tiny
     base = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama)
     PeftModel.from_pretrained(base, tmp_path / "new")
     loaded = adapters.load(transformers.AutoModelForCausalLM.from_pretrained(tiny_llama), tmp_path / "new")
-    assert all(torch.equal(tensor, other[name]) for name, tensor in adapters.state(loaded).items())
+    assert all(torch.equal(tensor, other[name]) for name, tensor in lora.state(loaded).items())
     assert not list(tmp_path.glob(".*"))
 
 
@@ -399,19 +403,19 @@ def test_names_of_a_later_peft_are_those_of_today(old, tmp_path, adapter):
 
 @pytest.mark.parametrize("architecture", ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "OPT", "GPT2"])
 def test_a_skeleton_has_the_names_and_shapes_of_the_model(architecture, tiny_model):
-    base = models.locate_base(str(tiny_model(architecture)))
-    placement = models.Placement(torch.device("cpu"), torch.float32, 16)
-    whole = adapters.state(adapters.attach(models.load_base(base, placement), FinetuneConfig(), base))
-    skeleton = skeletons.skeleton(base)
+    base = locate_base(str(tiny_model(architecture)))
+    spec = DeviceSpec(torch.device("cpu"), torch.float32, 16)
+    whole = lora.state(lora.attach(load_base(base, spec), FinetuneConfig(), base))
+    skeleton = meta_model(base)
     assert all(parameter.is_meta for parameter in skeleton.parameters())
     with torch.device("meta"):
-        bare = get_peft_model_state_dict(adapters.attach(skeleton, FinetuneConfig(), base), save_embedding_layers=False)
+        bare = get_peft_model_state_dict(lora.attach(skeleton, FinetuneConfig(), base), save_embedding_layers=False)
     assert {name: t.shape for name, t in whole.items()} == {name: t.shape for name, t in bare.items()}
 
 
 def test_a_state_that_does_not_fit_is_not_put_in(adapter, tiny_llama):
     model = adapters.load(transformers.AutoModelForCausalLM.from_pretrained(tiny_llama), adapter)
-    before = adapters.state(model)
+    before = lora.state(model)
     with pytest.raises(AdapterError, match="is missing"):
-        adapters.set_state(model, dict(sorted(before.items())[1:]), "here")
-    assert all(torch.equal(tensor, before[name]) for name, tensor in adapters.state(model).items())
+        lora.set_state(model, dict(sorted(before.items())[1:]), "here")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in lora.state(model).items())

@@ -260,7 +260,7 @@ def stopped_at_the_model(monkeypatch, data_path, base_model, *flags):
     def load_base(*_):
         raise ModelError("enough")
 
-    monkeypatch.setattr("lora_alpaca.models.load_base", load_base)
+    monkeypatch.setattr("lora_alpaca.models.base.load_base", load_base)
     result = finetuned(data_path, base_model, *flags)
     assert (result.code, result.err) == (1, "error: enough\n")
     return result

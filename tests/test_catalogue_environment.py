@@ -18,8 +18,11 @@ import torch
 from catalogue import ASK, SHORT, cases, entry, line_of
 from command import run
 
-from lora_alpaca import models, skeletons
 from lora_alpaca.config import GenerateConfig
+from lora_alpaca.models import base
+from lora_alpaca.models.base import load_base, locate_base
+from lora_alpaca.models.device import DeviceSpec, choose_device
+from lora_alpaca.models.meta import memory_bytes, meta_model
 from lora_alpaca.reports import usable_tracker
 
 pytestmark = pytest.mark.usefixtures("here")  # an empty folder, where nothing may be written and no model loaded
@@ -28,9 +31,9 @@ pytestmark = pytest.mark.usefixtures("here")  # an empty folder, where nothing m
 @entry("D81")
 def test_few_bits_on_a_cpu_are_slow_and_that_is_said(number):
     for options in ({"load_8bit": True}, {"load_4bit": True}):
-        placement, said = models.place(GenerateConfig(device="cpu", **options))
-        assert said == [f"no GPU is used: a base in {placement.bits} bits works on a CPU, and is slow"]
-    assert models.place(GenerateConfig(device="cpu"))[1] == []
+        spec, said = choose_device(GenerateConfig(device="cpu", **options))
+        assert said == [f"no GPU is used: a base in {spec.bits} bits works on a CPU, and is slow"]
+    assert choose_device(GenerateConfig(device="cpu"))[1] == []
 
 
 @entry("D82")
@@ -60,10 +63,10 @@ def test_bitsandbytes_that_does_not_import(number, verb, broken, monkeypatch, he
     ],
 )
 def test_bf16_that_is_not_native(number, monkeypatch, device, asked, dtype, sentences):
-    monkeypatch.setattr(models, "has_bf16", lambda _: False)
-    placement, said = models.place(GenerateConfig(dtype=asked), torch.device(device))
-    assert (placement.dtype, said) == (dtype, sentences)
-    assert {torch.float16: "fp16", torch.float32: "fp32"}[dtype] in str(placement)  # which a run says, in any case
+    monkeypatch.setattr(base, "has_bf16", lambda _: False)
+    spec, said = choose_device(GenerateConfig(dtype=asked), torch.device(device))
+    assert (spec.dtype, said) == (dtype, sentences)
+    assert {torch.float16: "fp16", torch.float32: "fp32"}[dtype] in str(spec)  # which a run says, in any case
 
 
 @entry("D85")
@@ -85,11 +88,11 @@ def test_a_base_that_is_larger_than_the_memory(number, verb, monkeypatch, tiny_l
 def test_the_estimate_is_what_the_weights_take(number, bits, tolerance, tiny_model, model_loads):
     """Of bitsandbytes' layers, with their scales; the rest is held as it is computed."""
     for architecture in ("Llama", "GPT2"):
-        base = models.locate_base(str(tiny_model(architecture)))
-        placement = models.Placement(torch.device("cpu"), torch.float32, bits)
-        loaded = models.load_base(base, placement)
+        base = locate_base(str(tiny_model(architecture)))
+        spec = DeviceSpec(torch.device("cpu"), torch.float32, bits)
+        loaded = load_base(base, spec)
         taken = sum(parameter.numel() * parameter.element_size() for parameter in loaded.parameters())
-        estimate = skeletons.memory_bytes(skeletons.skeleton(base), placement)
+        estimate = memory_bytes(meta_model(base), spec)
         assert taken <= estimate * (1 + 1e-9)
         assert estimate <= taken * (1 + tolerance)
 

@@ -75,7 +75,7 @@ def refused_by_both(adapter, tmp_path):
 def _nothing_heavy(monkeypatch, request):
     """Fail a test in which a refused adapter gets as far as its base model."""
     if "refused" in request.node.name:
-        monkeypatch.setattr("lora_alpaca.models.load_base", lambda *args: pytest.fail("the model was loaded"))
+        monkeypatch.setattr("lora_alpaca.models.base.load_base", lambda *args: pytest.fail("the model was loaded"))
 
 
 def test_the_contract_says_what_was_trained(adapter, tiny_llama):

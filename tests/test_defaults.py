@@ -7,8 +7,11 @@ import pytest
 import torch
 from command import refused, run
 
-from lora_alpaca import data, models, planning
+from lora_alpaca import data, planning
 from lora_alpaca.config import FinetuneConfig, GenerateConfig
+from lora_alpaca.models import base
+from lora_alpaca.models.base import Path, demo_base
+from lora_alpaca.models.device import choose_device
 from lora_alpaca.storage import atomic, output_folder
 
 SHORT = ["--max_steps", "1", "--batch_size", "2", "--val_set_size", "2", "--cutoff_len", "96"]
@@ -55,9 +58,9 @@ CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
     ],
 )
 def test_training_precision(monkeypatch, said, native_bf16, device, bits, dtype):
-    monkeypatch.setattr(models, "has_bf16", lambda _: native_bf16)
-    placement, sentences = models.place(FinetuneConfig(**said), device, default_bits=8)
-    assert (placement.bits, placement.dtype) == (bits, dtype)
+    monkeypatch.setattr(base, "has_bf16", lambda _: native_bf16)
+    spec, sentences = choose_device(FinetuneConfig(**said), device, default_bits=8)
+    assert (spec.bits, spec.dtype) == (bits, dtype)
     replaced = said.get("dtype") == "bf16" and not native_bf16
     assert len(sentences) == int(replaced) + int(device == MPS) + int(device == CPU)  # a CPU is slow in 8 bits
 
@@ -67,9 +70,9 @@ def test_both_quantisations_are_refused():
 
 
 def test_generation_is_unquantised_unless_said():
-    assert models.place(GenerateConfig(device="cpu"))[0].bits == 16
-    assert models.place(GenerateConfig(device="cpu", load_8bit=True))[0].bits == 8
-    assert models.place(GenerateConfig(device="cpu", load_4bit=True))[0].bits == 4
+    assert choose_device(GenerateConfig(device="cpu"))[0].bits == 16
+    assert choose_device(GenerateConfig(device="cpu", load_8bit=True))[0].bits == 8
+    assert choose_device(GenerateConfig(device="cpu", load_4bit=True))[0].bits == 4
 
 
 def test_a_device_that_is_not_there():
@@ -83,18 +86,18 @@ def test_a_device_that_is_not_there():
 def test_finetune_with_nothing_named_trains_the_demo():
     result = run("finetune", "--max_steps", "1")
     assert result.code == 0, result.err
-    record = output_folder.read_record(models.Path("lora-alpaca"))
+    record = output_folder.read_record(Path("lora-alpaca"))
     assert (record["base_model"], record["options"]["data_path"]) == ("demo", "demo")
-    recipe = json.loads((models.demo_base().parent / "recipe.json").read_text())
+    recipe = json.loads((demo_base().parent / "recipe.json").read_text())
     assert record["options"]["learning_rate"] == recipe["learning_rate"]
     assert record["precision"].startswith("8-bit")
 
 
 def test_the_recipe_yields_to_what_is_said_and_stays_with_the_demo(train):
     run("finetune", *SHORT, "--learning_rate", "1e-4", "--output_dir", "a")
-    assert output_folder.read_record(models.Path("a"))["options"]["learning_rate"] == 1e-4
+    assert output_folder.read_record(Path("a"))["options"]["learning_rate"] == 1e-4
     train("--output_dir", "b")
-    assert output_folder.read_record(models.Path("b"))["options"]["learning_rate"] == 3e-4
+    assert output_folder.read_record(Path("b"))["options"]["learning_rate"] == 3e-4
 
 
 def test_base_model_only_asks_for_upstreams_data_and_offline_says_what_to_pass(tiny_llama):
@@ -122,8 +125,8 @@ def test_a_finished_run_in_the_way_is_set_aside(train):
     assert train().code == 0
     assert "they are now in" in train().out
     assert (
-        output_folder.folder_status(models.Path("lora-alpaca"))
-        == output_folder.folder_status(models.Path("lora-alpaca.1"))
+        output_folder.folder_status(Path("lora-alpaca"))
+        == output_folder.folder_status(Path("lora-alpaca.1"))
         == "finished"
     )
 
@@ -137,34 +140,34 @@ def test_an_unfinished_run_in_the_way_is_refused_with_the_two_ways_on(train):
 
 
 def test_a_foreign_folder_is_refused_even_with_overwrite(train):
-    models.Path("lora-alpaca").mkdir()
-    models.Path("lora-alpaca/thesis.tex").write_text("x")
+    Path("lora-alpaca").mkdir()
+    Path("lora-alpaca/thesis.tex").write_text("x")
     for words in ([], ["--overwrite"], ["--resume"]):
         result = train(*words)
         assert result.code == 2
         assert "was not made by lora_alpaca" in result.err
-    assert models.Path("lora-alpaca/thesis.tex").read_text() == "x"
+    assert Path("lora-alpaca/thesis.tex").read_text() == "x"
 
 
 def test_overwrite_removes_only_what_is_ours(train):
     train()
-    models.Path("lora-alpaca/notes.txt").write_text("mine")
-    models.Path("lora-alpaca/checkpoint-best").mkdir()
-    models.Path("lora-alpaca/checkpoint-best/x").write_text("mine too")
+    Path("lora-alpaca/notes.txt").write_text("mine")
+    Path("lora-alpaca/checkpoint-best").mkdir()
+    Path("lora-alpaca/checkpoint-best/x").write_text("mine too")
     for name, step in (("site", '"step": 1, '), ("checkpoint-9", "")):  # manifests of somebody else's
-        models.Path(f"lora-alpaca/{name}").mkdir()
-        models.Path(f"lora-alpaca/{name}/index.html").write_text("mine as well")
-        models.Path(f"lora-alpaca/{name}/manifest.json").write_text(f'{{{step}"files": ["index.html"]}}')
+        Path(f"lora-alpaca/{name}").mkdir()
+        Path(f"lora-alpaca/{name}/index.html").write_text("mine as well")
+        Path(f"lora-alpaca/{name}/manifest.json").write_text(f'{{{step}"files": ["index.html"]}}')
     assert train("--overwrite").code == 0
-    assert models.Path("lora-alpaca/notes.txt").read_text() == "mine"
-    assert models.Path("lora-alpaca/checkpoint-best/x").read_text() == "mine too"
-    assert models.Path("lora-alpaca/site/index.html").read_text() == "mine as well"
-    assert models.Path("lora-alpaca/checkpoint-9/index.html").read_text() == "mine as well"
-    assert not models.Path("lora-alpaca.1").exists()
+    assert Path("lora-alpaca/notes.txt").read_text() == "mine"
+    assert Path("lora-alpaca/checkpoint-best/x").read_text() == "mine too"
+    assert Path("lora-alpaca/site/index.html").read_text() == "mine as well"
+    assert Path("lora-alpaca/checkpoint-9/index.html").read_text() == "mine as well"
+    assert not Path("lora-alpaca.1").exists()
 
 
 def test_an_output_dir_that_is_a_file(train):
-    models.Path("lora-alpaca").write_text("x")
+    Path("lora-alpaca").write_text("x")
     assert "is not a folder" in train().err
 
 
@@ -172,8 +175,8 @@ def test_an_output_dir_that_is_a_file(train):
 
 
 def unfinished(folder):
-    models.Path(folder).mkdir()
-    atomic.replace(models.Path(folder) / output_folder.RECORD, atomic.as_json({"status": "running", "kind": "adapter"}))
+    Path(folder).mkdir()
+    atomic.replace(Path(folder) / output_folder.RECORD, atomic.as_json({"status": "running", "kind": "adapter"}))
 
 
 def test_resume_without_a_checkpoint_starts_fresh(train):
@@ -183,12 +186,12 @@ def test_resume_without_a_checkpoint_starts_fresh(train):
     shutil.rmtree("lora-alpaca")
     unfinished("lora-alpaca")
     assert train("--resume").code == 0
-    assert not models.Path("lora-alpaca.1").exists()
+    assert not Path("lora-alpaca.1").exists()
 
 
 def test_resume_with_nothing_but_damaged_checkpoints(train):
     unfinished("lora-alpaca")
-    broken = models.Path("lora-alpaca/checkpoint-3")
+    broken = Path("lora-alpaca/checkpoint-3")
     broken.mkdir()
     (broken / "manifest.json").write_text('{"run": "1", "files": {"state.json": {"bytes": 1, "sha256": "0"}}}')
     result = train("--resume")
@@ -266,7 +269,7 @@ def test_base_model_from_the_environment(train, tiny_llama, monkeypatch):
 def test_without_a_recorded_template_it_must_be_named(train, tiny_llama):
     train()
     for name in ("lora_alpaca.json", "prompt_contract.json"):  # what plain PEFT would have left
-        models.Path("lora-alpaca", name).unlink()
+        Path("lora-alpaca", name).unlink()
     for verb in ("generate", "export"):
         result = run(verb, *(ASK if verb == "generate" else []))
         assert result.code == 2

@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
 from engines import CPU, error, fit, make, reference, rows, settings
 
-from lora_alpaca import adapters
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.engine import attention, check, fitted, parts
 from lora_alpaca.engine.loss import ScoredCrossEntropy, score, score_in_place
 from lora_alpaca.errors import ModelError
-from lora_alpaca.models import Placement, load_base, locate_base
+from lora_alpaca.models import lora
+from lora_alpaca.models.base import load_base, locate_base
+from lora_alpaca.models.device import DeviceSpec
 from lora_alpaca.packing import pack
 
 EXACT = 1e-5
@@ -229,10 +230,10 @@ def test_attention_in_blocks_has_the_same_gradients(share):
 
 def quantised(folder, bits):
     """Return the adapted model of a folder with its base in so many bits, to be computed with in fp32."""
-    placement, base = Placement(CPU, torch.float32, bits), locate_base(str(folder))
+    spec, base = DeviceSpec(CPU, torch.float32, bits), locate_base(str(folder))
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = adapters.attach(load_base(base, placement), FinetuneConfig(lora_dropout=0.0), base)
+        model = lora.attach(load_base(base, spec), FinetuneConfig(lora_dropout=0.0), base)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)

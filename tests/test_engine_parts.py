@@ -14,7 +14,8 @@ from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.engine import parts, pointwise
 from lora_alpaca.engine.frozen import FrozenLinear
 from lora_alpaca.engine.loss import score_in_place
-from lora_alpaca.models import Placement, load_base, locate_base
+from lora_alpaca.models.base import load_base, locate_base
+from lora_alpaca.models.device import DeviceSpec
 from lora_alpaca.planning import Plan, resolve_engine
 
 
@@ -129,7 +130,7 @@ def test_a_layer_of_many_rows_is_scaled_as_one():
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_quantised_base_does_not_hold_its_whole_file(bits):
-    model = load_base(locate_base("demo"), Placement(CPU, torch.float32, bits))
+    model = load_base(locate_base("demo"), DeviceSpec(CPU, torch.float32, bits))
     for name, parameter in model.named_parameters():
         assert parameter.untyped_storage().nbytes() == parameter.nbytes, name
 

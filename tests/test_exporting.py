@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_alpaca import ExportConfig, FinetuneConfig, adapters, export_hf, finetune
 from lora_alpaca.errors import AdapterError, FolderError, ModelError
+from lora_alpaca.models import lora
 from lora_alpaca.storage import atomic, output_folder
 from lora_alpaca.storage.paths import files_below, sha256
 
@@ -145,14 +146,15 @@ def test_a_run_that_never_finished_is_refused(adapter, tmp_path):
 
 def test_a_4bit_base_is_not_changed_by_evaluating_and_saving(tiny_llama):
     """bitsandbytes 0.50 repacks 4-bit weights on CPUs with AVX512-BF16, and reads them back wrongly."""
-    from lora_alpaca import models
+    from lora_alpaca.models.base import load_base, locate_base
+    from lora_alpaca.models.device import choose_device
 
     config = FinetuneConfig(load_4bit=True, dtype="fp32", device="cpu")
-    base = models.locate_base(str(tiny_llama))
-    model = adapters.attach(models.load_base(base, models.place(config, default_bits=8)[0]), config, base)
+    base = locate_base(str(tiny_llama))
+    model = lora.attach(load_base(base, choose_device(config, default_bits=8)[0]), config, base)
     ids = torch.tensor([[1, 5, 9, 30]])
     before = logits(model.eval(), ids)
-    adapters.state(model)
+    lora.state(model)
     model.state_dict()
     assert torch.equal(before, logits(model, ids))
     flags = [part.support_avx512bf16_for_cpu for part in model.modules() if hasattr(part, "support_avx512bf16_for_cpu")]

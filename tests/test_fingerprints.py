@@ -8,8 +8,8 @@ import shutil
 import pytest
 import transformers
 
-from lora_alpaca import fingerprints, models
-from lora_alpaca.fingerprints import base_fingerprint
+from lora_alpaca.models.base import Base, locate_base, weight_files
+from lora_alpaca.models.fingerprint import CACHE, hash_base
 from lora_alpaca.storage import atomic
 from lora_alpaca.storage.paths import sha256, user_cache
 
@@ -18,7 +18,7 @@ from lora_alpaca.storage.paths import sha256, user_cache
 def cache(tmp_path, monkeypatch):
     """Begin with an empty cache, and return its file."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "lora_alpaca" / fingerprints.CACHE
+    return tmp_path / "cache" / "lora_alpaca" / CACHE
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def aged(path, seconds=3600):
 
 
 def of(folder):
-    return base_fingerprint(models.locate_base(str(folder)))
+    return hash_base(locate_base(str(folder)))
 
 
 def turn_a_bit(path):
@@ -69,7 +69,7 @@ def test_every_shard_counts(folder):
     transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="100KB")
     (folder / "model.safetensors").unlink(missing_ok=True)
     shards = sorted(folder.glob("model-*.safetensors"))
-    assert models.weight_files(models.locate_base(str(folder))) == shards
+    assert weight_files(locate_base(str(folder))) == shards
     assert len(shards) > 2
     digests = {of(folder)}
     for shard in shards:
@@ -128,7 +128,7 @@ def test_files_from_the_hub_are_named_by_their_hash_and_not_read(folder, tmp_pat
         blob = cached / "blobs" / (hashlib.sha256 if large else hashlib.sha1)(content).hexdigest()
         blob.write_bytes(content)
         (snapshot / path.name).symlink_to(blob)
-    base = models.Base("someone/tiny", "someone/tiny", commit, False, models.locate_base(str(folder)).config)
+    base = Base("someone/tiny", "someone/tiny", commit, False, locate_base(str(folder)).config)
     monkeypatch.setattr(transformers.utils.hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(atomic, "sha256", lambda path: pytest.fail(f"{path} was read"))
-    assert base_fingerprint(base) == before
+    assert hash_base(base) == before

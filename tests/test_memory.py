@@ -4,7 +4,7 @@ import psutil
 import pytest
 import torch
 
-from lora_alpaca import memory
+from lora_alpaca.models import memory
 
 CPU = torch.device("cpu")
 GB = 10**9
@@ -59,13 +59,13 @@ OWN_1 = "9:cpu:/\n4:memory:/docker/abc\n0::/\n"
 )
 def test_a_limit_is_what_there_is(groups, own, files, left):
     groups(own, files)
-    assert memory.left(CPU) == left
+    assert memory.free_and_total(CPU) == left
 
 
 def test_another_system_has_no_groups(groups):
-    assert memory.left(CPU) == (20 * GB, 24 * GB)
+    assert memory.free_and_total(CPU) == (20 * GB, 24 * GB)
 
 
 def test_the_sentence_of_a_run_that_is_out_of_memory(groups):
     groups("0::/\n", {"": of_version_2(8 * GB, 3 * GB)})
-    assert memory.free(CPU) == "5.0 of 8.0 GB are free"
+    assert memory.describe_free(CPU) == "5.0 of 8.0 GB are free"

@@ -10,12 +10,14 @@ import torch
 from conftest import TORCHRUN
 from transformers import AutoTokenizer
 
-from lora_alpaca import adapters, models
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.encoding import Encoder
 from lora_alpaca.engine import Padded, Settings, fitted
 from lora_alpaca.errors import TrainingError
 from lora_alpaca.examples import Example
+from lora_alpaca.models import lora
+from lora_alpaca.models.base import load_base, locate_base
+from lora_alpaca.models.device import choose_device
 from lora_alpaca.prompts import load_template
 from lora_alpaca.ranks import Ranks
 from lora_alpaca.step import Learner
@@ -23,11 +25,11 @@ from lora_alpaca.step import Learner
 OPTIONS = {"load_8bit": False, "dtype": "fp32", "device": "cpu", "lora_dropout": 0.0}
 
 
-def with_adapter(folder, placement, **options):
+def with_adapter(folder, spec, **options):
     """Return the model of a folder with an adapter whose B is not zero, the same at every call."""
-    config, base = FinetuneConfig(**OPTIONS | options), models.locate_base(str(folder))
+    config, base = FinetuneConfig(**OPTIONS | options), locate_base(str(folder))
     torch.manual_seed(0)
-    model = adapters.attach(models.load_base(base, placement), config, base)
+    model = lora.attach(load_base(base, spec), config, base)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
@@ -56,7 +58,7 @@ def gradients(folder, rows, micro_batch_size, token_budget=None, **options):
     with Ranks(config) as ranks:
         assert ranks.agree("the same on every rank")
         assert ranks.agree(str(ranks.rank)) == (ranks.world_size == 1)
-        model = with_adapter(folder, ranks.placement, **options)
+        model = with_adapter(folder, ranks.spec, **options)
         context = packed(model, token_budget) if token_budget else nullcontext((padded(model, micro_batch_size), []))
         with context as (engine, _):
             learner, kept = Learner(engine, ranks, weight_decay=0.0, max_norm=0.0), []
@@ -70,14 +72,14 @@ def reference(folder, rows):
     config = FinetuneConfig(**OPTIONS)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     examples = [row.example() for row in Encoder(tokenizer, load_template("alpaca_short"), 128).encode(rows)]
-    model = with_adapter(folder, models.place(config)[0])
+    model = with_adapter(folder, choose_device(config)[0])
     longest = max(len(example.input_ids) for example in examples)
     filled = [[*e.input_ids, *[0] * (longest - len(e.input_ids))] for e in examples]
     labels = [[*e.labels, *[-100] * (longest - len(e.labels))] for e in examples]
     mask = [[1] * len(e.input_ids) + [0] * (longest - len(e.input_ids)) for e in examples]
     loss = model(input_ids=torch.tensor(filled), attention_mask=torch.tensor(mask), labels=torch.tensor(labels)).loss
     loss.backward()
-    return torch.cat([p.grad.flatten() for p in adapters.trainable(model)]), loss.item()
+    return torch.cat([p.grad.flatten() for p in lora.trainable_parameters(model)]), loss.item()
 
 
 def test_any_micro_batch_gives_the_gradient_of_the_whole_batch(tiny_llama, rows):
@@ -125,12 +127,12 @@ def test_two_ranks_give_the_gradient_of_one(tiny_llama, rows, tmp_path, token_bu
 def test_a_loss_that_is_not_finite_moves_nothing(tiny_llama, rows):
     config = FinetuneConfig(**OPTIONS)
     with Ranks(config) as ranks:
-        model = with_adapter(tiny_llama, ranks.placement)
+        model = with_adapter(tiny_llama, ranks.spec)
         learner = Learner(padded(model, 2), ranks, weight_decay=0.0, max_norm=1.0)
-        before = adapters.state(model)
+        before = lora.state(model)
         model.get_output_embeddings().weight.data[0] = float("nan")
         assert not learner.step([Example([1, 5, 6], [-100, 5, 6])], 1e-3).finite
-        after = adapters.state(model)
+        after = lora.state(model)
         with pytest.raises(TrainingError, match="the validation loss is nan"):
             learner.evaluate([Example([1, 5, 6], [-100, 5, 6])])
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -141,7 +143,7 @@ def test_the_validation_loss_does_not_depend_on_the_micro_batch(tiny_llama, rows
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     examples = [row.example() for row in Encoder(tokenizer, load_template("alpaca_short"), 128).encode(rows[:9])]
     with Ranks(config) as ranks:
-        model = with_adapter(tiny_llama, ranks.placement)
+        model = with_adapter(tiny_llama, ranks.spec)
         losses = [Learner(padded(model, size), ranks, 0.0, 1.0).evaluate(examples) for size in (1, 4, 9)]
         with packed(model, 100) as (engine, _):
             losses.append(Learner(engine, ranks, 0.0, 1.0).evaluate(examples))
@@ -151,7 +153,7 @@ def test_the_validation_loss_does_not_depend_on_the_micro_batch(tiny_llama, rows
 def test_optimizer_state_comes_back(tiny_llama, rows):
     config = FinetuneConfig(**OPTIONS)
     with Ranks(config) as ranks:
-        model = with_adapter(tiny_llama, ranks.placement)
+        model = with_adapter(tiny_llama, ranks.spec)
         learner = Learner(padded(model, 2), ranks, weight_decay=0.0, max_norm=1.0)
         learner.step([Example([1, 5, 6], [-100, 5, 6])], 1e-3)
         state = learner.optimizer_state()

@@ -138,7 +138,7 @@ def test_files_are_as_readable_as_the_umask_says(out, umask, mode):
 
 def test_a_folder_that_cannot_be_written_to_is_refused_before_the_data_is_read(out, flags, monkeypatch):  # 88
     monkeypatch.setattr(output_folder.os, "access", lambda path, mode: False)
-    monkeypatch.setattr("lora_alpaca.models.locate_base", lambda *more: pytest.fail("too late"))
+    monkeypatch.setattr("lora_alpaca.models.base.locate_base", lambda *more: pytest.fail("too late"))
     assert f"--output_dir {out}: {out} is not writable; name another folder" in refused("finetune", *flags)
     assert contents(out) == {}
 

@@ -301,7 +301,7 @@ def test_rows_that_were_read_already_are_not_read_again(options, monkeypatch):
 
 
 def test_a_gate_stops_before_the_model_is_loaded(options, monkeypatch):
-    monkeypatch.setattr("lora_alpaca.models.load_base", lambda *args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("lora_alpaca.models.base.load_base", lambda *args: pytest.fail("the model was loaded"))
     with pytest.raises(DataError, match=r"--max_truncated 0\.01: \d+ of 48 rows"):
         finetune(FinetuneConfig(**options | {"cutoff_len": 50, "max_truncated": 0.01}))
 

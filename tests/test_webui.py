@@ -16,9 +16,10 @@ import pytest
 
 gr = pytest.importorskip("gradio")
 
-from lora_alpaca import models, webui  # noqa: E402
+from lora_alpaca import webui
 from lora_alpaca.config import GenerateConfig  # noqa: E402
 from lora_alpaca.errors import ConfigError  # noqa: E402
+from lora_alpaca.models.base import demo_base  # noqa: E402
 
 SAMPLING = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "num_beams": 2, "max_new_tokens": 33}
 
@@ -195,7 +196,7 @@ def test_head_names_what_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.chdir(tmp_path)
     generator: Any = FakeGenerator()
-    generator.model.config.name_or_path = str(models.demo_base())
+    generator.model.config.name_or_path = str(demo_base())
     assert described() == described(lora_weights="none") == "Model: demo"
     generator.model.peft_config = {}  # as PEFT's models have
     assert described(lora_weights="someone/adapter") == "Model: demo, adapter: someone/adapter"

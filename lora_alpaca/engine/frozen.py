@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lora_alpaca import quantization
+from lora_alpaca.models import quantization
 
 
 class FrozenLinear(torch.autograd.Function):

@@ -9,14 +9,12 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
-from safetensors.torch import save as tensors_to_bytes
 
 LOCK = ".lora_alpaca.lock"
 
@@ -174,8 +172,3 @@ def locked(folder: Path) -> Iterator[None]:
 def as_json(value: Any) -> bytes:
     """Return a value as indented JSON."""
     return (json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n").encode()
-
-
-def as_tensors(tensors: Mapping[str, torch.Tensor]) -> bytes:
-    """Return tensors as a safetensors file; the mark "pt" is what transformers and PEFT look for."""
-    return tensors_to_bytes(dict(tensors), metadata={"format": "pt"})

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-from lora_alpaca import FinetuneConfig, adapters, finetune
+from lora_alpaca import FinetuneConfig, finetune
 from lora_alpaca.loop import Loop
+from lora_alpaca.models import lora
 from lora_alpaca.signals import Interrupted
 
 from .report import Report, chosen
@@ -85,7 +86,7 @@ class Watched:
         def watched_run(loop: Loop) -> None:
             run(loop)
             self.end = {
-                "adapter": adapters.state(loop.learner.model),
+                "adapter": lora.state(loop.learner.model),
                 "moments": loop.learner.optimizer_state(),
                 "losses": [(entry["loss"], entry["grad_norm"]) for entry in loop.progress.history],
             }

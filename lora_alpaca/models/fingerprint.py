@@ -15,9 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from lora_alpaca import models
 from lora_alpaca.errors import ModelError
-from lora_alpaca.models import Base
+from lora_alpaca.models.base import Base, config_file, weight_files
 from lora_alpaca.storage import output_folder
 from lora_alpaca.storage.paths import read_json, sha256, user_cache
 
@@ -27,13 +26,13 @@ FRESH_SECONDS = 2  # a file changed so lately may change again without a new tim
 WRITER = ("_name_or_path", "transformers_version")  # of a config: who wrote it, not what it says
 
 
-def base_fingerprint(base: Base) -> str:
+def hash_base(base: Base) -> str:
     """Return the sha256 of a base's config and weight files as 64 hex digits. Raises ModelError for missing ones.
 
     Equal for a folder, its copy under another name, and the same files on the hub; another one for the same weights
     in other files (split differently, or stored in another dtype).
     """
-    config = read_json(models.config_file(base))
+    config = read_json(config_file(base))
     facts = {
         "config": {key: value for key, value in config.items() if key not in WRITER},
         "weights": weight_hashes(base),
@@ -46,8 +45,8 @@ def weight_hashes(base: Base) -> dict[str, str]:
 
     Raises ModelError for files that are missing or, in a merged model of ours, not as they were exported.
     """
-    files = models.weight_files(base)
-    found = dict(zip((path.name for path in files), hashes(files), strict=True))
+    files = weight_files(base)
+    found = dict(zip((path.name for path in files), file_hashes(files), strict=True))
     exported = output_folder.read_record(files[0].parent).get("weights", found)
     for name in (name for name in found if found[name] != exported.get(name)):
         raise ModelError(
@@ -56,7 +55,7 @@ def weight_hashes(base: Base) -> dict[str, str]:
     return found
 
 
-def hashes(paths: Sequence[Path]) -> list[str]:
+def file_hashes(paths: Sequence[Path]) -> list[str]:
     """Return the sha256 of files, side by side: from their names in the hub's cache, from ours, or by reading them."""
     kept = read_json(user_cache() / CACHE)
     with ThreadPoolExecutor(THREADS) as pool:  # some read while others hash; neither needs Python's lock

@@ -8,18 +8,20 @@ import psutil
 import torch
 import transformers
 
-from lora_alpaca import memory, models
-from lora_alpaca.errors import ModelError, one_line
-from lora_alpaca.models import Base, Placement
+from lora_alpaca.errors import ModelError
+from lora_alpaca.models import memory
+from lora_alpaca.models.base import Base, as_model_error, weight_files
+from lora_alpaca.models.device import DeviceSpec
+from lora_alpaca.models.memory import gigabytes
 
 
-def skeleton(base: Base) -> Any:
+def meta_model(base: Base) -> Any:
     """Return the base without its weights, on the meta device: how its layers are called, and how large they are.
 
     None where code that the model brings cannot be run so.
     """
     try:
-        with one_line(f"--base_model {base.name}"), torch.device("meta"):
+        with as_model_error(f"--base_model {base.name}"), torch.device("meta"):
             return transformers.AutoModelForCausalLM.from_config(
                 copy.deepcopy(base.config), trust_remote_code=base.trust_remote_code
             )
@@ -29,8 +31,8 @@ def skeleton(base: Base) -> Any:
         raise
 
 
-def memory_bytes(model: Any, placement: Placement) -> int:
-    """Return an estimate of what the frozen weights of a model, or of its skeleton, take: no activations, no adapter.
+def memory_bytes(model: Any, spec: DeviceSpec) -> int:
+    """Return an estimate of what the frozen weights of a model, or of it without weights, take: no activations, no adapter.
 
     Linear layers but the head are held in 8 or 4 bits, with a scale for every 64 values in the latter case.
     """
@@ -38,33 +40,28 @@ def memory_bytes(model: Any, placement: Placement) -> int:
     layers = {id(part.weight): part.weight for part in model.modules() if is_linear(part) and part is not head}
     linear = sum(weight.numel() for weight in layers.values())
     other = sum(parameter.numel() for parameter in model.parameters()) - linear
-    bits = {16: 8 * placement.dtype.itemsize, 8: 8, 4: 4.5}[placement.bits]
-    return int(linear * bits / 8) + other * placement.dtype.itemsize
+    bits = {16: 8 * spec.dtype.itemsize, 8: 8, 4: 4.5}[spec.bits]
+    return int(linear * bits / 8) + other * spec.dtype.itemsize
 
 
-def check_base(base: Base, placement: Placement) -> list[str]:
+def check_base_fits(base: Base, spec: DeviceSpec) -> list[str]:
     """Return, in a sentence, what the base's weights will take, if that is known.
 
     Raises ModelError where a CPU has less memory than that, and for a folder whose weight files are not whole.
     """
     if Path(base.path).is_dir():
-        models.weight_files(base)
-    if (model := skeleton(base)) is None:
+        weight_files(base)
+    if (model := meta_model(base)) is None:
         return []
-    needed = memory_bytes(model, placement)
-    if placement.device.type == "cpu":
-        free = memory.left(placement.device)[0] + psutil.swap_memory().free
+    needed = memory_bytes(model, spec)
+    if spec.device.type == "cpu":
+        free = memory.free_and_total(spec.device)[0] + psutil.swap_memory().free
         if needed > free:
             raise ModelError(
-                f"--base_model {base.name}: its weights take {gigabytes(needed)} as {placement}, and {gigabytes(free)} "
+                f"--base_model {base.name}: its weights take {gigabytes(needed)} as {spec}, and {gigabytes(free)} "
                 "are free; take a smaller model, or hold it in fewer bits (--load_8bit, --load_4bit)"
             )
     return [f"the weights of {base.name} take about {gigabytes(needed)}"]
-
-
-def gigabytes(size: int) -> str:
-    """Return a number of bytes in GB, for people."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e9:.3f} GB"
 
 
 def is_linear(part: torch.nn.Module) -> bool:

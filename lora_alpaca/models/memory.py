@@ -1,4 +1,4 @@
-"""Memory: is an error a want of it, how much is left, and how to give back what a failed attempt holds."""
+"""A base model without its weights: what can be known about it before the first heavy step."""
 
 import gc
 from collections.abc import Iterator
@@ -6,6 +6,12 @@ from pathlib import Path
 
 import psutil
 import torch
+
+
+def gigabytes(size: int) -> str:
+    """Return a number of bytes in GB, for people."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e9:.3f} GB"
+
 
 GROUPS = Path("/sys/fs/cgroup")  # https://docs.kernel.org/admin-guide/cgroup-v2.html
 OWN_GROUPS = Path("/proc/self/cgroup")
@@ -25,7 +31,7 @@ def shortage(error: Exception) -> str:
     return next((line.strip()[:160] for line in text.splitlines() if line.strip()), "no more is given")
 
 
-def left(device: torch.device) -> tuple[int, int]:
+def free_and_total(device: torch.device) -> tuple[int, int]:
     """Return how many bytes of a device's memory are free, in all processes, and how many there are.
 
     On a CPU both are without swap, and within the limit of the container or batch job that this process runs in.
@@ -63,9 +69,9 @@ def _groups() -> Iterator[tuple[int, int]]:
                 yield int(limit), max(0, used - int(stat.get(cached_key, 0)))
 
 
-def free(device: torch.device) -> str:
+def describe_free(device: torch.device) -> str:
     """Return in words how much memory of a device is free."""
-    free, whole = left(device)
+    free, whole = free_and_total(device)
     return f"{free / 1e9:.1f} of {whole / 1e9:.1f} GB are free"
 
 

@@ -9,14 +9,14 @@ from lora_alpaca.errors import ModelError
 BITS = {8: "8-bit (LLM.int8)", 4: "4-bit (NF4)", 16: "unquantised"}
 
 
-def settings(bits: int, compute_dtype: torch.dtype) -> Any:
+def bnb_config(bits: int, compute_dtype: torch.dtype) -> Any:
     """Return the quantization config for `from_pretrained`, or None for an unquantised base.
 
     8-bit is LLM.int8 (arXiv:2208.07339); 4-bit is NF4 with double quantisation (arXiv:2305.14314).
     """
     if bits == 16:
         return None
-    check_library(bits)
+    require_bitsandbytes(bits)
     from transformers import BitsAndBytesConfig
 
     if bits == 8:
@@ -29,7 +29,7 @@ def settings(bits: int, compute_dtype: torch.dtype) -> Any:
     )
 
 
-def check_library(bits: int) -> None:
+def require_bitsandbytes(bits: int) -> None:
     """Raise ModelError, in one line, where bitsandbytes is missing or does not import."""
     try:
         import bitsandbytes  # noqa: F401  told here, not from inside the loader
@@ -41,7 +41,7 @@ def check_library(bits: int) -> None:
         ) from None
 
 
-def correct(model: torch.nn.Module) -> None:
+def disable_repacking(model: torch.nn.Module) -> None:
     """Turn off what bitsandbytes 0.50 gets wrong in a loaded model.
 
     On CPUs with AVX512-BF16, the first 4-bit forward in eval mode repacks the weights; dequantising or saving them
