@@ -29,17 +29,17 @@ import transformers
 from results_file import write
 
 from lora_alpaca import FinetuneConfig, adapters, checkpoints, data, finetune, planning
-from lora_alpaca.batching import rows_of_step, steps_per_epoch
 from lora_alpaca.data import Rows, demo_file
-from lora_alpaca.encoding import Encoder
+from lora_alpaca.data.encoding import Encoder
+from lora_alpaca.data.examples import Examples
+from lora_alpaca.data.preparation import prepare
+from lora_alpaca.data.sampler import rows_of_step, steps_per_epoch
 from lora_alpaca.engine import Settings, fitted
-from lora_alpaca.examples import Examples
 from lora_alpaca.models import lora
 from lora_alpaca.models.base import load_base, locate_base
 from lora_alpaca.models.device import choose_device
 from lora_alpaca.models.lora import State
 from lora_alpaca.models.tokenizer import load_tokenizer
-from lora_alpaca.preparation import prepare
 from lora_alpaca.prompts import fitting_template
 from lora_alpaca.ranks import Ranks
 from lora_alpaca.step import Learner

@@ -55,10 +55,11 @@ def ours(data: Path, tokenizer_path: str, folder: Path) -> dict[str, float]:
 
     from lora_alpaca.config.shared import DataOptions
     from lora_alpaca.data import Rows, held_out
-    from lora_alpaca.encoding import Encoder
-    from lora_alpaca.preparation import cache_key, cached, keep, prepare
+    from lora_alpaca.data.cache import cache_key, cached, keep
+    from lora_alpaca.data.encoding import Encoder
+    from lora_alpaca.data.preparation import prepare
+    from lora_alpaca.data.tokenization import hash_tokenizer
     from lora_alpaca.prompts import load_template
-    from lora_alpaca.tokenization import fingerprint
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as our command line has it
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
@@ -67,7 +68,7 @@ def ours(data: Path, tokenizer_path: str, folder: Path) -> dict[str, float]:
     read = time.perf_counter()
     encoder, options = Encoder(tokenizer, load_template("alpaca"), CUTOFF), DataOptions(cutoff_len=CUTOFF)
     validation = held_out(len(rows), 2000, 42)
-    key = cache_key(rows, encoder, options, validation, fingerprint(tokenizer))
+    key = cache_key(rows, encoder, options, validation, hash_tokenizer(tokenizer))
     prepared = keep(folder, key, prepare(rows, encoder, options, validation, lambda done: None))
     done = time.perf_counter()
     assert cached(folder, key) is not None

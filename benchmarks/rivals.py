@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from peft import prepare_model_for_kbit_training
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from lora_alpaca.examples import IGNORED, Example
+from lora_alpaca.data.examples import IGNORED, Example
 
 
 def clock() -> float:

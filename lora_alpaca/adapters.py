@@ -107,7 +107,7 @@ def check_tensors(tensors: State, where: str, may_do_nothing: bool = False) -> N
 
 
 def check_fit(bare: Any, folder: Path, tensors: State, pair: str) -> None:
-    """Raise AdapterError unless the tensors of a folder are exactly those that it would have on the base without weights.
+    """Raise AdapterError unless the tensors of a folder are exactly those it would have on `bare`, a base on meta.
 
     `pair` names adapter and base.
     """

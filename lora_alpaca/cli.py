@@ -82,7 +82,7 @@ def _run(config: Options) -> None:
 
         finetune(config, rows)
     elif isinstance(config, ShowConfig):
-        from lora_alpaca.showing import show
+        from lora_alpaca.data.visualization import show
 
         show(config)
     elif isinstance(config, ConvertConfig):

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_alpaca.encoding import Encoder
+from lora_alpaca.data.encoding import Encoder
+from lora_alpaca.data.examples import Examples
+from lora_alpaca.data.tokenization import hash_tokenizer
 from lora_alpaca.errors import ContractError, TemplateError
-from lora_alpaca.examples import Examples
 from lora_alpaca.prompts import (
     EOS,
     AnyTemplate,
@@ -25,7 +26,6 @@ from lora_alpaca.prompts import (
     template_from_json,
 )
 from lora_alpaca.storage.paths import read_json
-from lora_alpaca.tokenization import fingerprint
 
 FILE = "prompt_contract.json"
 FORMAT = 1
@@ -159,7 +159,7 @@ def _identity(tokenizer: Any) -> dict[str, Any]:
     return {
         "class": type(tokenizer).__name__,
         "tokens": len(tokenizer),
-        "sha256": fingerprint(tokenizer),
+        "sha256": hash_tokenizer(tokenizer),
         "vocabulary_sha256": _vocabulary(tokenizer),
         "special": {name: _described(tokenizer, getattr(tokenizer, f"{name}_token_id")) for name in names},
         "added": {token.content: number for number, token in tokenizer.added_tokens_decoder.items()},

@@ -14,7 +14,7 @@ import torch
 
 from lora_alpaca import adapters, contracts, records
 from lora_alpaca.config import ExportConfig
-from lora_alpaca.encoding import Encoder
+from lora_alpaca.data.encoding import Encoder
 from lora_alpaca.errors import AdapterError, ExportError, FolderError, ModelError
 from lora_alpaca.models import lora, memory
 from lora_alpaca.models.base import Base, load_base, locate_base

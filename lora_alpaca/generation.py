@@ -19,7 +19,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from lora_alpaca import adapters, contracts, records
 from lora_alpaca.config import GenerateConfig
 from lora_alpaca.config.shared import ADAPTER_DIR, DEMO
-from lora_alpaca.encoding import Encoder
+from lora_alpaca.data.encoding import Encoder
 from lora_alpaca.errors import ConfigError
 from lora_alpaca.models import lora
 from lora_alpaca.models.base import Base, load_base, locate_base

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from lora_alpaca import checkpoints
-from lora_alpaca.batching import rows_of_step
 from lora_alpaca.checkpoints import Checkpoint
 from lora_alpaca.config import FinetuneConfig
+from lora_alpaca.data.examples import Examples
+from lora_alpaca.data.sampler import rows_of_step
 from lora_alpaca.engine import Packed, Padded
 from lora_alpaca.errors import RankError, TrainingError
-from lora_alpaca.examples import Examples
 from lora_alpaca.models import lora
 from lora_alpaca.models.lora import State
 from lora_alpaca.planning import Plan

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from lora_alpaca.examples import IGNORED, Example
+from lora_alpaca.data.examples import IGNORED, Example
 
 LEAST_SAVED = 4  # tokens that a shared segment must save: a segment more is an attention call more in every layer
 

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 
 from lora_alpaca import records
-from lora_alpaca.batching import steps_per_epoch
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.config.shared import DEMO, UPSTREAM_DATA
+from lora_alpaca.data.sampler import steps_per_epoch
 from lora_alpaca.errors import ConfigError
 from lora_alpaca.models import lora
 from lora_alpaca.models.base import Base, demo_base

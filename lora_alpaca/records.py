@@ -13,8 +13,8 @@ from typing import Any
 from lora_alpaca import __version__, adapters, checkpoints, contracts
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.contracts import Contract
+from lora_alpaca.data.statistics import Statistics
 from lora_alpaca.errors import AdapterError, TemplateError
-from lora_alpaca.ledger import Ledger
 from lora_alpaca.models import lora
 from lora_alpaca.models.base import Base
 from lora_alpaca.models.device import DeviceSpec
@@ -67,7 +67,7 @@ def describe(
     spec: DeviceSpec,
     world_size: int,
     data_sha256: str,
-    ledger: Ledger,
+    ledger: Statistics,
 ) -> dict[str, Any]:
     """Return the record of a run that begins: everything that decides its result."""
     return {

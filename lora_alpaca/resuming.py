@@ -7,8 +7,8 @@ from typing import Any
 from lora_alpaca import checkpoints, planning, records
 from lora_alpaca.checkpoints import Checkpoint
 from lora_alpaca.config import FinetuneConfig
+from lora_alpaca.data.examples import Examples
 from lora_alpaca.errors import CheckpointError
-from lora_alpaca.examples import Examples
 from lora_alpaca.models import lora
 from lora_alpaca.planning import Plan
 from lora_alpaca.prompts import AnyTemplate, template_from_json

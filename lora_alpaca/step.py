@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
+from lora_alpaca.data.examples import Example
 from lora_alpaca.engine import Engine
 from lora_alpaca.errors import TrainingError
-from lora_alpaca.examples import Example
 from lora_alpaca.models import memory
 from lora_alpaca.models.lora import State, trainable_parameters
 from lora_alpaca.ranks import Ranks

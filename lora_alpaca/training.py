@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
-from lora_alpaca import adapters, checkpoints, contracts, data, planning, preparation, records, resuming
+from lora_alpaca import adapters, checkpoints, contracts, data, planning, records, resuming
 from lora_alpaca.config import FinetuneConfig
-from lora_alpaca.data import Rows
-from lora_alpaca.encoding import Encoder
+from lora_alpaca.data import Rows, cache, preparation
+from lora_alpaca.data.encoding import Encoder
+from lora_alpaca.data.preparation import Prepared
+from lora_alpaca.data.tokenization import hash_tokenizer
 from lora_alpaca.engine import Settings, fitted
 from lora_alpaca.errors import DataError, TrainingError
 from lora_alpaca.loop import Loop, Progress
@@ -20,7 +22,6 @@ from lora_alpaca.models.base import load_base, locate_base
 from lora_alpaca.models.fingerprint import hash_base
 from lora_alpaca.models.tokenizer import load_tokenizer
 from lora_alpaca.planning import Plan
-from lora_alpaca.preparation import Prepared
 from lora_alpaca.prompts import AnyTemplate, fitting_template, load_template
 from lora_alpaca.ranks import Ranks
 from lora_alpaca.records import Adapter, Run
@@ -29,7 +30,6 @@ from lora_alpaca.signals import Interrupted, Stop
 from lora_alpaca.step import Learner
 from lora_alpaca.storage import atomic, output_folder
 from lora_alpaca.storage.paths import user_path
-from lora_alpaca.tokenization import fingerprint
 
 
 def finetune(config: FinetuneConfig, rows: Rows | None = None) -> Run:
@@ -67,7 +67,7 @@ def finetune(config: FinetuneConfig, rows: Rows | None = None) -> Run:
         as_before = resuming.template_as_before(resumed, template)
         template = (as_before or fitting_template(rows.formats, tokenizer)).bound(tokenizer)
         prepared = _prepare(config, rows, held_out, tokenizer, template, ranks)
-        train, validation, ledger = prepared.train, prepared.validation, prepared.ledger
+        train, validation, ledger = prepared.train, prepared.validation, prepared.statistics
         say(f"data: {config.data_path}, sha256 {rows.digest[:12]}; template {template.name}", *ledger.lines())
         if rows.ignored:
             say(f"fields that are not used: {', '.join(sorted(map(str, rows.ignored)))}")
@@ -79,7 +79,7 @@ def finetune(config: FinetuneConfig, rows: Rows | None = None) -> Run:
 
         with ranks.first_here():  # the others find the hashes of its files in the cache
             base_sha256 = hash_base(base)
-        hashes = (base_sha256, template, fingerprint(tokenizer))
+        hashes = (base_sha256, template, hash_tokenizer(tokenizer))
         record = records.describe(config, base, *hashes, ranks.spec, ranks.world_size, rows.digest, ledger)
         record["validation_sha256"] = validation.digest()
         changed = resuming.check_same(resumed, record, config.allow_change or []) if resumed else {}
@@ -184,16 +184,16 @@ def _prepare(
     encoder = Encoder(
         tokenizer, template, config.cutoff_len, config.train_on_inputs, config.add_eos_token, config.train_on
     )
-    folder = preparation.cache_folder(config.cache_dir) if len(rows) >= preparation.CACHED_FROM else None
-    key = preparation.cache_key(rows, encoder, config, held_out, fingerprint(tokenizer))
+    folder = cache.cache_folder(config.cache_dir) if len(rows) >= cache.CACHED_FROM else None
+    key = cache.cache_key(rows, encoder, config, held_out, hash_tokenizer(tokenizer))
     with ranks.first_here() if folder else nullcontext():
-        found = preparation.cached(folder, key)
+        found = cache.cached(folder, key)
         if found:
             ranks.reporter.say(f"prepared rows found in {folder}")
             return found
         with ranks.reporter.counting(len(rows), "rows") as progress:
             prepared = preparation.prepare(rows, encoder, config, held_out, progress)
-        return preparation.keep(folder, key, prepared)
+        return cache.keep(folder, key, prepared)
 
 
 def _gain(run: Run) -> str:

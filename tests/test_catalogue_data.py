@@ -19,10 +19,10 @@ from faults import programme
 from lora_alpaca import FinetuneConfig, finetune
 from lora_alpaca.config.shared import DataOptions
 from lora_alpaca.data import Rows
-from lora_alpaca.data.files import read_file
-from lora_alpaca.encoding import Encoder
+from lora_alpaca.data.encoding import Encoder
+from lora_alpaca.data.preparation import prepare
+from lora_alpaca.data.readers.files import read_file
 from lora_alpaca.errors import DataError, ModelError
-from lora_alpaca.preparation import prepare
 from lora_alpaca.prompts import Conversation, load_template
 from lora_alpaca.storage import atomic, output_folder
 
@@ -169,7 +169,7 @@ def test_a_truncated_last_line_can_be_skipped(tmp_path, number):
 
 @entry("A18")
 def test_bad_rows_can_be_skipped_and_are_counted(prepared, number):
-    lines = prepared([ROW, ROW | {"output": None}], skip_bad_rows=True).ledger.lines()
+    lines = prepared([ROW, ROW | {"output": None}], skip_bad_rows=True).statistics.lines()
     assert (
         "warning: 1 of 2 rows (50.0%) cannot be used and are dropped (first: rows.json:2: Alpaca format: "
         in "\n".join(lines)
@@ -276,7 +276,7 @@ def refused_later(data_path, base_model, *flags):
 
 @entry("A30")
 def test_empty_answers_are_counted(prepared, number):
-    ledger = prepared([ROW, ROW | {"output": ""}, ROW | {"output": " \n"}]).ledger
+    ledger = prepared([ROW, ROW | {"output": ""}, ROW | {"output": " \n"}]).statistics
     assert ledger.empty_answers.count == 2
     assert (
         "warning: 2 of 3 rows (66.7%) have an empty answer: they teach to say nothing (first: rows.json:2"
@@ -286,7 +286,7 @@ def test_empty_answers_are_counted(prepared, number):
 
 @entry("A31")
 def test_blank_instructions_are_counted(prepared, number):
-    ledger = prepared([ROW, ROW | {"instruction": " \n"}]).ledger
+    ledger = prepared([ROW, ROW | {"instruction": " \n"}]).statistics
     assert "warning: 1 of 2 rows (50.0%) have a blank instruction (first: rows.json:2)" in said_in(ledger)
 
 
@@ -296,7 +296,7 @@ def test_prompts_that_fill_the_cutoff_are_dropped_and_counted(prepared, number):
     assert len(found.train) == 2
     assert (
         "warning: 1 of 3 rows (33.3%) have a prompt of --cutoff_len 128 or more, so no answer is left; they are "
-        "dropped (first: rows.json:2)" in said_in(found.ledger)
+        "dropped (first: rows.json:2)" in said_in(found.statistics)
     )
 
 
@@ -312,9 +312,9 @@ def test_a_cut_answer_is_counted_with_its_end_token(prepared, number, tokenizer)
     found = prepared([ROW, ROW | {"output": "Hello. " * 200}])
     assert [len(row.input_ids) for row in found.train][1] == 128
     assert found.train[1].labels[-1] not in (-100, tokenizer.eos_token_id)
-    assert "warning: 1 of 2 rows (50.0%) are longer than --cutoff_len 128; they are cut" in said_in(found.ledger)
+    assert "warning: 1 of 2 rows (50.0%) are longer than --cutoff_len 128; they are cut" in said_in(found.statistics)
     assert "warning: 1 of 2 rows (50.0%) lose the end token of an answer in that (first: rows.json:2)" in said_in(
-        found.ledger
+        found.statistics
     )
 
 
@@ -330,7 +330,7 @@ def test_control_tokens_in_a_text_stay_text(prepared, number, tokenizer):
     assert tokenizer.decode(ids[1:-1]).count(text) == 3
     assert (
         "1 of 2 rows (50.0%) hold control tokens as text (like </s>); they stay text (first: rows.json:2)"
-        in said_in(found.ledger)
+        in said_in(found.statistics)
     )
 
 
@@ -365,7 +365,7 @@ def test_a_text_arrives_byte_for_byte(tmp_path, tokenizer, text):
 @entry("A39")
 def test_doubles_are_counted(prepared, number):
     others = [ROW | {"output": str(n)} for n in range(4)]
-    ledger = prepared([ROW, *others, ROW, ROW], held_out=[5]).ledger
+    ledger = prepared([ROW, *others, ROW, ROW], held_out=[5]).statistics
     assert "warning: 2 of 7 rows (28.6%) are exact doubles of an earlier one (first: rows.json:6)" in said_in(ledger)
     assert (
         "warning: 1 of 7 rows (14.3%) are in both the training and the validation part (first: rows.json:6"

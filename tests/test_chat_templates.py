@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lora_alpaca.encoding import Encoder
+from lora_alpaca.data.encoding import Encoder
 from lora_alpaca.errors import TemplateError
 from lora_alpaca.prompts import ChatTemplate, Conversation, Message, load_template, template_from_json
 

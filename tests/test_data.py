@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from lora_alpaca.config.shared import DEMO
-from lora_alpaca.data import Rows, demo_file, files, held_out, json_rows, texts
+from lora_alpaca.data import Rows, demo_file, held_out
+from lora_alpaca.data.readers import files, text
+from lora_alpaca.data.readers.json_rows import Bad
 from lora_alpaca.errors import DataError
 
 ROW = {"instruction": "Greet.", "input": "", "output": "Hello."}
@@ -172,7 +174,7 @@ VALUES = [
 @pytest.mark.parametrize("chunk", [*range(1, 20), 64])
 def test_an_array_in_chunks_is_the_array(tmp_path, monkeypatch, chunk, form):
     """Characters of several bytes, numbers, escapes and words are cut at every place."""
-    monkeypatch.setattr(texts, "CHUNK", chunk)
+    monkeypatch.setattr(text, "CHUNK", chunk)
     content = {
         "compact": json.dumps(VALUES, ensure_ascii=False, separators=(",", ":")),
         "indented": "\ufeff" + json.dumps(VALUES, ensure_ascii=False, indent=3),
@@ -187,11 +189,11 @@ def test_an_array_in_chunks_is_the_array(tmp_path, monkeypatch, chunk, form):
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("spoilt", ['"b": NaN', '"b": {"a": 1, "a": 2}', '"b": ' + "9" * 5000])
 def test_a_spoilt_row_in_a_chunk_leaves_the_others(tmp_path, monkeypatch, chunk, spoilt):
-    monkeypatch.setattr(texts, "CHUNK", chunk)
+    monkeypatch.setattr(text, "CHUNK", chunk)
     content = '[{"a": 1}, {' + spoilt + ', "c": "' + "x" * 200 + '"}, {"a": 2}]'
     read = [value for _, value in raw(written(tmp_path, content))]
     assert [read[0], read[2]] == [{"a": 1}, {"a": 2}]
-    assert isinstance(read[1], json_rows.Bad)
+    assert isinstance(read[1], Bad)
 
 
 LONG = "é" * 100
@@ -217,7 +219,7 @@ GOOD = '{"a": "' + LONG + '"}'
     ],
 )  # fmt: skip
 def test_the_place_of_an_error_is_true_in_every_chunk(tmp_path, monkeypatch, chunk, content, said):
-    monkeypatch.setattr(texts, "CHUNK", chunk)
+    monkeypatch.setattr(text, "CHUNK", chunk)
     with pytest.raises(DataError) as error:
         raw(written(tmp_path, content))
     assert said in str(error.value)
@@ -227,7 +229,7 @@ def test_the_place_of_an_error_is_true_in_every_chunk(tmp_path, monkeypatch, chu
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
 @pytest.mark.parametrize(("name", "first"), [("rows.json", b"["), ("rows.jsonl", b""), ("rows.csv", b"")])
 def test_the_byte_that_is_not_utf8(tmp_path, monkeypatch, chunk, mark, name, first):
-    monkeypatch.setattr(texts, "CHUNK", chunk)
+    monkeypatch.setattr(text, "CHUNK", chunk)
     before = mark + first + '"é🦙",\n"é",\n\n "🦙'.encode()
     path = written(tmp_path, before + b"\xe9\xe9 and so on\n\n" * 10, name)
     with pytest.raises(DataError, match=f": not UTF-8 at line 4, byte {len(before)}; convert it to UTF-8"):
@@ -236,7 +238,7 @@ def test_the_byte_that_is_not_utf8(tmp_path, monkeypatch, chunk, mark, name, fir
 
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_a_character_that_is_cut_off_at_the_end(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(texts, "CHUNK", chunk)
+    monkeypatch.setattr(text, "CHUNK", chunk)
     for content in (b'["' + "é🦙".encode()[:-1], b'["a"]  \xc3'):
         with pytest.raises(DataError, match="not UTF-8 at line 1"):
             raw(written(tmp_path, content))

@@ -3,9 +3,9 @@ import json
 import pytest
 
 from lora_alpaca.batching import pad
-from lora_alpaca.encoding import Encoded, Encoder
+from lora_alpaca.data.encoding import Encoded, Encoder
+from lora_alpaca.data.examples import IGNORED, Example
 from lora_alpaca.errors import DataError
-from lora_alpaca.examples import IGNORED, Example
 from lora_alpaca.prompts import Conversation, Message, load_template, template_from_json
 
 TEXTS = ["Hello.", " leading", "trailing ", "\nnewline first", "</s> and <s>", "שלום 🦙", "{input}", "a\n\nb", "12 + 3"]

@@ -9,7 +9,8 @@ import random
 
 import pytest
 
-from lora_alpaca.data import Rows, texts
+from lora_alpaca.data import Rows
+from lora_alpaca.data.readers import text
 from lora_alpaca.errors import DataError, TemplateError
 from lora_alpaca.prompts import load_template
 
@@ -88,9 +89,9 @@ def test_mutated_json_is_read_or_refused(tmp_path, monkeypatch, part):
     for _ in range(2000 * TIMES // PARTS):
         path.write_bytes(mutated(json_file(chance), chance))
         options = {"skip_bad_rows": chance.random() < 0.3}
-        monkeypatch.setattr(texts, "CHUNK", 1 << 20)
+        monkeypatch.setattr(text, "CHUNK", 1 << 20)
         whole = outcome(path, **options)
-        monkeypatch.setattr(texts, "CHUNK", chance.choice((1, 3, 17, 100)))
+        monkeypatch.setattr(text, "CHUNK", chance.choice((1, 3, 17, 100)))
         pieces = outcome(path, **options)
         if "not UTF-8" in whole:  # found early when all is decoded at once; in chunks another flaw may come before
             assert isinstance(pieces, str)

@@ -111,7 +111,7 @@ def test_the_answer_ends_where_the_model_does(generator, monkeypatch):
 
 
 def test_what_training_saw_is_what_generation_feeds(generator, monkeypatch):
-    from lora_alpaca.encoding import Encoder
+    from lora_alpaca.data.encoding import Encoder
     from lora_alpaca.prompts import Conversation
 
     fed = []
@@ -162,7 +162,7 @@ def test_chat_remembers_where_the_template_takes_turns(tiny_llama, tmp_path, mon
 
 
 def test_history_and_system_message_are_encoded_as_training_has_them(tiny_llama):
-    from lora_alpaca.encoding import Encoder
+    from lora_alpaca.data.encoding import Encoder
     from lora_alpaca.prompts import Conversation, Message, load_template
 
     config = GenerateConfig(

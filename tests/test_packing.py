@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_alpaca.examples import IGNORED, Example
+from lora_alpaca.data.examples import IGNORED, Example
 from lora_alpaca.packing import LEAST_SAVED, pack, packs
 
 PREAMBLE = list(range(100, 130))

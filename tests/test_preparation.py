@@ -3,16 +3,16 @@ import os
 
 import pytest
 
-from lora_alpaca import preparation
 from lora_alpaca.config.shared import DataOptions
-from lora_alpaca.data import Rows
-from lora_alpaca.encoding import Encoder
+from lora_alpaca.data import Rows, preparation
+from lora_alpaca.data.cache import cache_key, cached, keep
+from lora_alpaca.data.encoding import Encoder
+from lora_alpaca.data.examples import IGNORED, Builder, Examples
+from lora_alpaca.data.preparation import prepare
+from lora_alpaca.data.statistics import Statistics
+from lora_alpaca.data.tokenization import hash_tokenizer
 from lora_alpaca.errors import DataError
-from lora_alpaca.examples import IGNORED, Builder, Examples
-from lora_alpaca.ledger import Ledger
-from lora_alpaca.preparation import cache_key, cached, keep, prepare
 from lora_alpaca.prompts import load_template
-from lora_alpaca.tokenization import fingerprint
 
 ROW = {"instruction": "Greet.", "input": "", "output": "Hello."}
 LONG = {"instruction": "Greet.", "input": "", "output": "Hello. " * 200}
@@ -100,14 +100,14 @@ def test_a_long_answer_is_cut_and_counted(prepared, tokenizer):
     assert len(found.train[0].input_ids) == 100
     assert found.train[0].labels[-1] not in (IGNORED, tokenizer.eos_token_id)
     assert found.train[1].labels[-1] == tokenizer.eos_token_id
-    ledger = found.ledger
+    ledger = found.statistics
     assert (ledger.truncated.count, ledger.truncated.first, ledger.ends_lost.count) == (1, ["rows.json:1"], 1)
     assert any("1 of 2 rows (50.0%) are longer than --cutoff_len 100" in line for line in ledger.lines())
 
 
 def test_long_rows_may_be_dropped(prepared):
     found = prepared([LONG, ROW], overlong="drop")
-    assert (len(found.train), found.ledger.overlong.first, found.ledger.truncated.count) == (1, ["rows.json:1"], 0)
+    assert (len(found.train), found.statistics.overlong.first, found.statistics.truncated.count) == (1, ["rows.json:1"], 0)
 
 
 def test_long_rows_may_be_an_error(prepared):
@@ -117,7 +117,7 @@ def test_long_rows_may_be_an_error(prepared):
 
 def test_a_prompt_that_fills_the_row_is_dropped(prepared):
     found = prepared([ROW | {"instruction": "word " * 300}, ROW])
-    assert (len(found.train), found.ledger.without_label.first) == (1, ["rows.json:1"])
+    assert (len(found.train), found.statistics.without_label.first) == (1, ["rows.json:1"])
     with pytest.raises(DataError, match=r"no row has anything to learn at --cutoff_len 100.*first: rows\.json:1"):
         prepared([ROW | {"instruction": "word " * 300}])
 
@@ -129,7 +129,7 @@ def test_a_cut_behind_an_answer_keeps_its_end(prepared, tokenizer):
     found = prepared([row], template="vicuna", cutoff_len=200)
     assert found.train[0].labels[-1] == tokenizer.eos_token_id
     assert len(found.train[0].input_ids) < 200
-    assert (found.ledger.truncated.count, found.ledger.ends_lost.count) == (1, 1)
+    assert (found.statistics.truncated.count, found.statistics.ends_lost.count) == (1, 1)
 
 
 def test_held_out_rows_are_validation(prepared):
@@ -145,7 +145,7 @@ def test_many_chunks_are_one(prepared, monkeypatch):
     chunked = prepared(numbered(25), held_out=[7, 20])
     assert list(whole.train) == list(chunked.train)
     assert list(whole.validation) == list(chunked.validation)
-    assert whole.ledger == chunked.ledger
+    assert whole.statistics == chunked.statistics
 
 
 def test_documents_become_blocks(prepared, tokenizer):
@@ -167,7 +167,7 @@ def test_the_ledger_counts(prepared, tokenizer):
         {},
     ]
     found = prepared(rows, held_out=[0, 3], skip_bad_rows=True)
-    ledger = found.ledger
+    ledger = found.statistics
     assert (ledger.read, ledger.train, ledger.validation) == (11, 8, 2)
     assert ledger.formats == {"Alpaca": 10}
     assert ledger.shared.count == 1  # the other held out row is nowhere else
@@ -180,7 +180,7 @@ def test_the_ledger_counts(prepared, tokenizer):
     assert ledger.tokens == sum(len(row.input_ids) for row in found.train)
     assert ledger.learned == sum(label != IGNORED for row in found.train for label in row.labels)
     assert ledger.percentiles["longest"] == max(map(len, (row.input_ids for row in found.train)))
-    assert Ledger.from_json(json.loads(json.dumps(ledger.to_json()))) == ledger
+    assert Statistics.from_json(json.loads(json.dumps(ledger.to_json()))) == ledger
     said = "\n".join(ledger.lines())
     for words in ("cannot be used", "exact doubles", "both the training and", "empty answer", "blank instruction"):
         assert words in said
@@ -196,7 +196,7 @@ def test_the_ledger_counts(prepared, tokenizer):
     ],
 )
 def test_a_gate_turns_a_share_into_an_error(prepared, given, limits, flag):
-    ledger = prepared(given, skip_bad_rows=True).ledger
+    ledger = prepared(given, skip_bad_rows=True).statistics
     with pytest.raises(DataError) as error:
         ledger.check(*limits)
     assert flag in str(error.value)
@@ -216,7 +216,7 @@ def job(tokenizer, tmp_path):
     options = DataOptions()
     encoder = Encoder(tokenizer, load_template("alpaca"))
     rows = Rows(str(path))
-    return rows, encoder, options, cache_key(rows, encoder, options, {3}, fingerprint(tokenizer))
+    return rows, encoder, options, cache_key(rows, encoder, options, {3}, hash_tokenizer(tokenizer))
 
 
 def test_the_cache_gives_back_what_it_was_given(job, tmp_path):
@@ -228,7 +228,7 @@ def test_the_cache_gives_back_what_it_was_given(job, tmp_path):
     for found in (kept, again):
         assert list(found.train) == list(fresh.train)
         assert list(found.validation) == list(fresh.validation)
-        assert found.ledger == fresh.ledger
+        assert found.statistics == fresh.statistics
     assert not list((tmp_path / "cache").glob(".partial*"))
 
 
@@ -245,7 +245,7 @@ def test_a_damaged_cache_is_none_and_is_made_anew(job, tmp_path, damage):
 
 def test_the_key_is_of_everything_that_matters(job, tokenizer, tmp_path):
     rows, encoder, options, key = job
-    sha = fingerprint(tokenizer)
+    sha = hash_tokenizer(tokenizer)
     others = [
         cache_key(rows, Encoder(tokenizer, load_template("alpaca_legacy")), options, {3}, sha),
         cache_key(rows, Encoder(tokenizer, load_template("alpaca"), 100), options, {3}, sha),
@@ -267,11 +267,11 @@ def test_only_the_newest_are_kept_and_nothing_of_others_is_removed(job, tmp_path
     fresh = prepare(rows, encoder, options, set(), lambda done: None)
     cache = tmp_path / "cache"
     (cache / ("f" * 64)).mkdir(parents=True)  # a name like ours, and nothing of ours in it
-    for number in range(preparation.KEPT + 3):
+    for number in range(cache.KEPT + 3):
         keep(cache, f"{number:064}", fresh)
         os.utime(cache / f"{number:064}", (number, number))
     left = sorted(path.name for path in cache.iterdir())
-    assert left == [*(f"{number:064}" for number in range(3, preparation.KEPT + 3)), "f" * 64]
+    assert left == [*(f"{number:064}" for number in range(3, cache.KEPT + 3)), "f" * 64]
 
 
 def test_a_cache_that_cannot_be_written_is_none(job, tmp_path):

@@ -10,7 +10,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_alpaca.encoding import Encoder
+from lora_alpaca.data.encoding import Encoder
 from lora_alpaca.prompts import Conversation, Message, load_template, template_names
 
 STRESS = os.environ.get("STRESS") == "1"

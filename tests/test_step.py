@@ -11,10 +11,10 @@ from conftest import TORCHRUN
 from transformers import AutoTokenizer
 
 from lora_alpaca.config import FinetuneConfig
-from lora_alpaca.encoding import Encoder
+from lora_alpaca.data.encoding import Encoder
+from lora_alpaca.data.examples import Example
 from lora_alpaca.engine import Padded, Settings, fitted
 from lora_alpaca.errors import TrainingError
-from lora_alpaca.examples import Example
 from lora_alpaca.models import lora
 from lora_alpaca.models.base import load_base, locate_base
 from lora_alpaca.models.device import choose_device

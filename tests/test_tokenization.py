@@ -2,8 +2,8 @@ import json
 
 import pytest
 
+from lora_alpaca.data.tokenization import TextEncoder, hash_tokenizer
 from lora_alpaca.prompts import EOS, Fragment
-from lora_alpaca.tokenization import TextEncoder, fingerprint
 
 TEXTS = [
     "Hello.",
@@ -224,12 +224,12 @@ def test_the_fingerprint_is_of_what_makes_ids(tiny_model, tmp_path):
     one, other = (AutoTokenizer.from_pretrained(tiny_model("Qwen2")) for _ in range(2))
     other("padded", padding="max_length", truncation=True, max_length=7)
     other.chat_template = "{{ messages }}"
-    assert fingerprint(one) == fingerprint(other)
+    assert hash_tokenizer(one) == hash_tokenizer(other)
     other.save_pretrained(tmp_path)
-    assert fingerprint(AutoTokenizer.from_pretrained(tmp_path)) == fingerprint(one)
+    assert hash_tokenizer(AutoTokenizer.from_pretrained(tmp_path)) == hash_tokenizer(one)
     other.add_tokens(["<new>"])
-    assert fingerprint(other) != fingerprint(one)
-    assert fingerprint(AutoTokenizer.from_pretrained(tiny_model("GPT2"))) != fingerprint(one)
+    assert hash_tokenizer(other) != hash_tokenizer(one)
+    assert hash_tokenizer(AutoTokenizer.from_pretrained(tiny_model("GPT2"))) != hash_tokenizer(one)
 
 
 def test_a_change_of_the_end_token_changes_the_fingerprint(tiny_model):
@@ -237,4 +237,4 @@ def test_a_change_of_the_end_token_changes_the_fingerprint(tiny_model):
 
     one, other = (AutoTokenizer.from_pretrained(tiny_model("Qwen2")) for _ in range(2))
     other.eos_token = "<|endoftext|>"
-    assert fingerprint(other) != fingerprint(one)
+    assert hash_tokenizer(other) != hash_tokenizer(one)

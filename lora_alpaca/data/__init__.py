@@ -1,8 +1,11 @@
-"""From files or the hub to checked conversations: `files` reads, `formats` understands, `rows` has them all.
+"""Rows to conversations to examples, in stages.
 
-Below `files` are `json_rows`, JSON by the book, and `texts`, which decodes and keeps count of lines and bytes.
+`readers` read bytes to raw rows, `formats` makes conversations of them, `rows` has them all, checked and counted.
+`tokenization` and `encoding` make token ids, `examples` holds them, `preparation` is the whole stage in one stream,
+`cache` keeps what it made, `statistics` counts what became of the rows. `sampler` says which rows make a step,
+`visualization` shows rows as training sees them.
 """
 
-from lora_alpaca.data.rows import Rows, demo_file, held_out, uncollected
+from lora_alpaca.data.rows import Rows, demo_file, gc_disabled, held_out
 
-__all__ = ["Rows", "demo_file", "held_out", "uncollected"]
+__all__ = ["Rows", "demo_file", "gc_disabled", "held_out"]

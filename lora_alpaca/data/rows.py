@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from lora_alpaca.config.shared import DEMO
-from lora_alpaca.data import files, formats
+from lora_alpaca.data import formats
 from lora_alpaca.data.formats import Format, RowError
-from lora_alpaca.data.json_rows import Bad, NumberedRows
+from lora_alpaca.data.readers import files
+from lora_alpaca.data.readers.json_rows import Bad, NumberedRows
 from lora_alpaca.errors import DataError
 from lora_alpaca.prompts import Conversation
 from lora_alpaca.storage.paths import user_path
@@ -32,7 +33,7 @@ def demo_file(name: str) -> Path:
 
 
 @contextlib.contextmanager
-def uncollected() -> Iterator[None]:
+def gc_disabled() -> Iterator[None]:
     """Keep the garbage collector from looking for cycles, which rows do not make: a third of the time."""
     enabled = gc.isenabled()
     gc.disable()
@@ -65,7 +66,7 @@ class Rows(Iterable[Conversation]):
         self.empty_answers: list[str] = []
         self.blank_instructions: list[str] = []
         self.keys = array("Q")
-        with uncollected():
+        with gc_disabled():
             self._first_reading()
 
     def __len__(self) -> int:

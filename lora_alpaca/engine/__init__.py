@@ -16,12 +16,12 @@ from typing import Any, Literal
 
 import torch
 
+from lora_alpaca.data.examples import Example
 from lora_alpaca.engine import parts, pointwise
 from lora_alpaca.engine.allocator import keep_large_buffers
 from lora_alpaca.engine.check import ROUNDED, TOLERANCES, Precision, difference, loss_and_gradient, sample
 from lora_alpaca.engine.paths import Batch, Engine, Packed, Padded
 from lora_alpaca.errors import ModelError
-from lora_alpaca.examples import Example
 
 __all__ = ["Batch", "Engine", "Packed", "Padded", "Settings", "fitted"]
 

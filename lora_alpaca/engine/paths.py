@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from lora_alpaca.batching import micro_batches, pad
+from lora_alpaca.data.examples import IGNORED, Example
 from lora_alpaca.engine.loss import Score, ScoredCrossEntropy, cross_entropy
-from lora_alpaca.examples import IGNORED, Example
 from lora_alpaca.packing import pack, packs
 
 LEAST_BUDGET = 64  # tokens; packs of less hold single rows anyway

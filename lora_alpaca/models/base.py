@@ -25,7 +25,6 @@ if not sys.stderr.isatty():
     transformers.utils.logging.disable_progress_bar()
 
 
-
 @dataclass(frozen=True)
 class Base:
     """A base model: the name to record, the path or hub id to load from, and the commit if it is from the hub."""
@@ -130,7 +129,6 @@ def _require_all_weights(base: Base, model: Any, found: dict[str, Any]) -> None:
             f"{extra[0]}",
             file=sys.stderr,
         )
-
 
 
 def config_file(base: Base) -> Path:

@@ -11,7 +11,6 @@ from lora_alpaca.models import quantization
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-
 @dataclass(frozen=True)
 class DeviceSpec:
     """Where a model runs and in what precision: device, compute dtype, and 8, 4 or 16 bits for the frozen base."""

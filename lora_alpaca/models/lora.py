@@ -61,7 +61,7 @@ def _linear_names(model: Any) -> list[str]:
 
 
 def target_modules(model: Any, config: FinetuneConfig) -> list[str] | str:
-    """Return the modules of a model, or of it without weights, that get an adapter; ModelError where one is not there."""
+    """Return the modules of a model that get an adapter; ModelError where one is not there."""
     there = _linear_names(model)
     asked = config.lora_target_modules
     if asked == ["all-linear"]:

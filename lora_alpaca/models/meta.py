@@ -32,7 +32,7 @@ def meta_model(base: Base) -> Any:
 
 
 def memory_bytes(model: Any, spec: DeviceSpec) -> int:
-    """Return an estimate of what the frozen weights of a model, or of it without weights, take: no activations, no adapter.
+    """Return an estimate of the bytes that the frozen weights of a model take: no activations, no adapter.
 
     Linear layers but the head are held in 8 or 4 bits, with a scale for every 64 values in the latter case.
     """

@@ -4,7 +4,7 @@
         -> [Fragment("Below is ... ### Response:\\n", learned=False), Fragment("Alpacas hum.", learned=True), END]
 
 Generation is fed exactly the fragments that come before the answer, so the two cannot drift apart.
-`conversation` has the types, `template` templates of text, `chat` the tokenizer's own, `loading` finds them by name.
+`conversation` has the types, `template` templates of text, `chat` the tokenizer's own, `loading` finds them.
 """
 
 from lora_alpaca.prompts.chat import ChatTemplate

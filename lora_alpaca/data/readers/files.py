@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from lora_alpaca.data import texts
-from lora_alpaca.data.json_rows import Bad, NumberedRows, read_json
+from lora_alpaca.data.readers import text
+from lora_alpaca.data.readers.json_rows import Bad, NumberedRows, read_json
 from lora_alpaca.errors import DataError
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
@@ -52,8 +52,8 @@ def _first_line(error: Exception) -> str:
 def _read_csv(file: BinaryIO, path: str) -> NumberedRows:
     """Yield the records of a table with a header; every value is the text that stands there."""
     csv.field_size_limit(sys.maxsize)
-    texts.begin(file, path)
-    reader, line = csv.reader((line for _, line in texts.lines(file, path)), strict=True), 1
+    text.begin(file, path)
+    reader, line = csv.reader((line for _, line in text.lines(file, path)), strict=True), 1
     header: list[str] = []
     try:
         for record in reader:

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lora_alpaca.data.examples import Example, Span
+from lora_alpaca.data.tokenization import TextEncoder
 from lora_alpaca.errors import DataError
-from lora_alpaca.examples import Example, Span
 from lora_alpaca.prompts import AnyTemplate, Conversation, Fragment, Template
-from lora_alpaca.tokenization import TextEncoder
 
 _WINDOW = 20  # characters on either side of a seam; what is farther away does not bear on whether they melt
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from lora_alpaca.data import texts
-from lora_alpaca.data.texts import Window
+from lora_alpaca.data.readers import text
+from lora_alpaca.data.readers.text import Window
 from lora_alpaca.errors import DataError
 
 NumberedRows = Iterator[tuple[int, Any]]
@@ -32,9 +32,9 @@ class Bad:
 
 def read_json(file: BinaryIO, path: str) -> NumberedRows:
     """Yield the rows of a JSON array or of JSON lines, told apart by the first character, whatever the suffix says."""
-    texts.begin(file, path)
+    text.begin(file, path)
     start, first = file.tell(), b""
-    while not first and (data := file.read(texts.CHUNK)):
+    while not first and (data := file.read(text.CHUNK)):
         first = data.lstrip(_BLANK.encode())[:1]
     if not first:
         raise DataError(f"{path}: the file is empty, it contains 0 rows")
@@ -86,7 +86,7 @@ class _Decoder(json.JSONDecoder):
 
 def _read_lines(file: BinaryIO, path: str) -> NumberedRows:
     decoder, first = _Decoder(), True
-    for number, line in texts.lines(file, path):
+    for number, line in text.lines(file, path):
         line = line.rstrip(_BLANK)
         if line:
             yield number, _decoded(decoder, line, file if first else None, path)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from lora_alpaca.prompts import EOS, Fragment
 
-Place = Literal["first", "after_token", "continuation"]
+Position = Literal["first", "after_token", "continuation"]
 
 
 class TextEncoder:
@@ -28,7 +28,7 @@ class TextEncoder:
         self._first = None if backend is None else _plain(json.loads(backend.to_str()))
         self._continuation = None if backend is None else _plain(_without_dummy_prefix(json.loads(backend.to_str())))
 
-    def encode(self, texts: Sequence[str], place: Place) -> list[list[int]]:
+    def encode(self, texts: Sequence[str], place: Position) -> list[list[int]]:
         """Return the ids of texts that all stand in one kind of place; neither begun nor ended by control tokens."""
         if place == "after_token":
             place = self._after_token
@@ -47,8 +47,8 @@ class TextEncoder:
 
     def fragments(self, rows: Sequence[Sequence[Fragment]], begins_itself: bool = False) -> list[list[list[int]]]:
         """Return the ids of every fragment of every row; the first begins with the beginning-of-text token."""
-        texts: dict[Place, list[str]] = {"first": [], "after_token": [], "continuation": []}
-        places = [_places(fragments, self._swallows) for fragments in rows]
+        texts: dict[Position, list[str]] = {"first": [], "after_token": [], "continuation": []}
+        places = [_positions(fragments, self._swallows) for fragments in rows]
         for row in places:
             for place, text in row:
                 if place != "control":
@@ -105,7 +105,7 @@ class TextEncoder:
         return {token.content: (token.lstrip, token.rstrip) for token in tokens if token.lstrip or token.rstrip}
 
     @cached_property
-    def _after_token(self) -> Place:
+    def _after_token(self) -> Position:
         """Return whether a text behind a control token is encoded like a first one, found out by trying."""
         for token, number in self.control_tokens.items():
             ids = self._tokenizer(token + "a", add_special_tokens=False)["input_ids"]
@@ -117,7 +117,7 @@ class TextEncoder:
         return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
-def _places(fragments: Sequence[Fragment], swallows: dict[str, tuple[bool, bool]]) -> list[tuple[Any, str]]:
+def _positions(fragments: Sequence[Fragment], swallows: dict[str, tuple[bool, bool]]) -> list[tuple[Any, str]]:
     """Return (place, text) of every fragment; `control` is the place of a control token."""
     places: list[tuple[Any, str]] = []
     after_token = False
@@ -138,7 +138,7 @@ def _places(fragments: Sequence[Fragment], swallows: dict[str, tuple[bool, bool]
     return places
 
 
-def fingerprint(tokenizer: Any) -> str:
+def hash_tokenizer(tokenizer: Any) -> str:
     """Return a sha256 of what turns text into ids: vocabulary, added tokens, merges and normalisation."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state = json.loads(backend.to_str()) if backend is not None else {"vocabulary": tokenizer.get_vocab()}

@@ -3,37 +3,25 @@
 Only tokens are kept, so a million rows need little more memory than their ids.
 """
 
-import hashlib
-import json
 import os
-import shutil
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from lora_alpaca import __version__
 from lora_alpaca.config.shared import DataOptions
-from lora_alpaca.data import Rows, uncollected
-from lora_alpaca.encoding import Encoded, Encoder
+from lora_alpaca.data import Rows, gc_disabled
+from lora_alpaca.data.encoding import Encoded, Encoder
+from lora_alpaca.data.examples import Builder, Examples
+from lora_alpaca.data.statistics import Statistics
 from lora_alpaca.errors import DataError
-from lora_alpaca.examples import Builder, Examples
-from lora_alpaca.ledger import Ledger
 from lora_alpaca.prompts import Conversation
-from lora_alpaca.storage import atomic
-from lora_alpaca.storage.paths import user_cache, user_path
 
 CHUNK = 1000  # rows encoded together
 THREADS = min(8, os.cpu_count() or 1)
-CACHED_FROM = 5000  # rows; fewer are encoded in no time
-KEPT = 10  # prepared data sets in the cache; the one that was not used for longest goes first
-LEDGER = "ledger.json"
 
 
 @dataclass(frozen=True)
@@ -42,7 +30,7 @@ class Prepared:
 
     train: Examples
     validation: Examples
-    ledger: Ledger
+    statistics: Statistics
 
 
 def prepare(
@@ -54,10 +42,10 @@ def prepare(
     or for the first row that is too long under `--overlong error`.
     """
     documents = set(rows.formats) == {"text"}
-    work = _Work(rows, encoder, options, held_out, blocks=encoder.cutoff_len if documents else 0)
+    work = _Preparation(rows, encoder, options, held_out, blocks=encoder.cutoff_len if documents else 0)
     first = 0
-    with uncollected(), ThreadPoolExecutor(THREADS) as pool:
-        for chunk, encoded in _ahead(pool, encoder, _chunks(rows)):
+    with gc_disabled(), ThreadPoolExecutor(THREADS) as pool:
+        for chunk, encoded in _encoded_ahead(pool, encoder, _chunks(rows)):
             work.take(first, chunk, encoded)
             first += len(chunk)
             progress(len(chunk))
@@ -70,7 +58,7 @@ def _chunks(rows: Rows) -> Iterator[list[Conversation]]:
         yield chunk
 
 
-def _ahead(
+def _encoded_ahead(
     pool: ThreadPoolExecutor, encoder: Encoder, chunks: Iterable[list[Conversation]]
 ) -> Iterator[tuple[list[Conversation], list[Encoded]]]:
     """Yield chunks with their encoded rows, in order, while the next ones are under way.
@@ -89,8 +77,8 @@ def _ahead(
         yield done, encoded.result()
 
 
-class _Work:
-    """The preparation under way: two builders, and the ledger that every row goes through."""
+class _Preparation:
+    """The preparation under way: two builders, and the statistics that every row goes through."""
 
     def __init__(self, rows: Rows, encoder: Encoder, options: DataOptions, held_out: set[int], blocks: int):
         self._rows, self._encoder, self._overlong, self._blocks = rows, encoder, options.overlong, blocks
@@ -98,13 +86,13 @@ class _Work:
         self._parts = {"train": Builder(blocks), "validation": Builder(blocks)}
         self._double, self._shared = _doubles(rows, held_out)
         self._lengths = np.zeros(len(rows), np.int32)
-        self.ledger = Ledger(encoder.cutoff_len, read=len(rows) + len(rows.dropped), formats=dict(rows.formats))
+        self.statistics = Statistics(encoder.cutoff_len, read=len(rows) + len(rows.dropped), formats=dict(rows.formats))
         for where, reason in rows.dropped:
-            self.ledger.bad.add(where, reason)
+            self.statistics.bad.add(where, reason)
         for where in rows.empty_answers:
-            self.ledger.empty_answers.add(where)
+            self.statistics.empty_answers.add(where)
         for where in rows.blank_instructions:
-            self.ledger.blank_instructions.add(where)
+            self.statistics.blank_instructions.add(where)
 
     def take(self, first: int, conversations: list[Conversation], encoded: list[Encoded]) -> None:
         """Put encoded rows, whose numbers count up from `first`, where they belong."""
@@ -115,58 +103,58 @@ class _Work:
                 self._parts["validation" if number in self._held_out else "train"].add(kept.ids, kept.spans)
         for conversation, other in zip(conversations, self._encoder.other_ids(conversations), strict=True):
             if other:
-                self.ledger.other_ids.add(conversation.where, _seam(conversation, self._encoder))
+                self.statistics.other_ids.add(conversation.where, _seam(conversation, self._encoder))
 
     def _note(self, number: int, conversation: Conversation, row: Encoded) -> None:
-        ledger, where = self.ledger, conversation.where
+        statistics, where = self.statistics, conversation.where
         self._lengths[number] = len(row.ids)
         if self._double[number]:
-            ledger.duplicates.add(where)
+            statistics.duplicates.add(where)
         if self._shared[number]:
-            ledger.shared.add(where)
+            statistics.shared.add(where)
         learns_all = self._encoder.add_eos_token and not self._encoder.last_only
         if learns_all and len(row.ends) < len(conversation.answers):
-            ledger.last_turn_only.add(where)
+            statistics.last_turn_only.add(where)
         typed = next(filter(None, map(self._encoder.text.control_pattern.search, conversation.texts())), None)
         if typed:
-            ledger.control_text.add(where, typed[0])
+            statistics.control_text.add(where, typed[0])
 
     def _fitted(self, row: Encoded, where: str) -> Encoded | None:
         """Return a row at most as long as the cutoff, or None for one that is dropped."""
-        ledger, cutoff = self.ledger, self._encoder.cutoff_len
+        statistics, cutoff = self.statistics, self._encoder.cutoff_len
         long = len(row.ids) > cutoff
         if long and self._overlong == "error":
             raise DataError(f"{where}: {len(row.ids)} tokens, more than --cutoff_len {cutoff} (--overlong error)")
         if long and self._overlong == "drop":
-            ledger.overlong.add(where)
+            statistics.overlong.add(where)
             return None
         kept = row.cut(cutoff) if long else row
         if kept.scored() <= 0:
-            ledger.without_label.add(where)
+            statistics.without_label.add(where)
             return None
         if long:
-            ledger.truncated.add(where)
+            statistics.truncated.add(where)
             if len(kept.ends) < len(row.ends):
-                ledger.ends_lost.add(where)
+                statistics.ends_lost.add(where)
         return kept
 
     def done(self) -> Prepared:
-        """Return the examples, with the ledger summed up."""
-        train, validation, ledger = self._parts["train"].build(), self._parts["validation"].build(), self.ledger
+        """Return the examples, with the statistics summed up."""
+        train, validation, statistics = self._parts["train"].build(), self._parts["validation"].build(), self.statistics
         if not len(train):
             raise DataError(
                 f"no row has anything to learn at --cutoff_len {self._encoder.cutoff_len}: "
-                f"{ledger.dropped()} of {ledger.read} rows are dropped "
-                f"(first: {(ledger.without_label.first + ledger.overlong.first + ledger.bad.first)[0]})"
+                f"{statistics.dropped()} of {statistics.read} rows are dropped "
+                f"(first: {(statistics.without_label.first + statistics.overlong.first + statistics.bad.first)[0]})"
             )
-        ledger.train, ledger.validation = len(train), len(validation)
-        ledger.tokens, ledger.learned = len(train.ids), int((train.spans[:, 1] - train.spans[:, 0]).sum())
+        statistics.train, statistics.validation = len(train), len(validation)
+        statistics.tokens, statistics.learned = len(train.ids), int((train.spans[:, 1] - train.spans[:, 0]).sum())
         shares = {"median": 0.5, "90 %": 0.9, "99 %": 0.99, "longest": 1.0}
         lengths = np.sort(self._lengths)
-        ledger.percentiles = {
+        statistics.percentiles = {
             name: int(lengths[min(len(lengths) - 1, int(share * len(lengths)))]) for name, share in shares.items()
         }
-        return Prepared(train, validation, ledger)
+        return Prepared(train, validation, statistics)
 
 
 def _doubles(rows: Rows, held_out: set[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -181,77 +169,3 @@ def _doubles(rows: Rows, held_out: set[int]) -> tuple[np.ndarray, np.ndarray]:
 def _seam(conversation: Conversation, encoder: Encoder) -> str:
     before = encoder.template.prompt(conversation)[-1].text
     return repr(f"{before[-12:]}|{conversation.answers[0][:12]}")
-
-
-# ------------------------------------------------------------------------------------------------------------ cache
-
-
-def cache_folder(cache_dir: str) -> Path | None:
-    """Return where prepared rows are kept, as `--cache_dir` says; None for nowhere."""
-    if cache_dir == "none":
-        return None
-    if cache_dir:
-        return user_path(cache_dir)
-    return user_cache()
-
-
-def cache_key(rows: Rows, encoder: Encoder, options: DataOptions, held_out: set[int], tokenizer_sha256: str) -> str:
-    """Return a sha256 of everything that prepared rows depend on."""
-    facts: dict[str, Any] = {
-        "version": __version__,
-        "data": [rows.data_path, rows.digest, rows.dropped],
-        "held_out": sorted(held_out),
-        "tokenizer": tokenizer_sha256,
-        "template": [encoder.template.name, encoder.template.digest()],
-        "choices": [encoder.cutoff_len, encoder.train_on_inputs, encoder.add_eos_token, encoder.last_only],
-        "overlong": options.overlong,
-    }
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-def cached(folder: Path | None, key: str) -> Prepared | None:
-    """Return what an earlier run prepared, mapped from its files; None if there is nothing, or nothing whole."""
-    if folder is None or not (folder / key / LEDGER).is_file():
-        return None
-    try:
-        ledger = Ledger.from_json(json.loads((folder / key / LEDGER).read_text(encoding="utf-8")))
-        train, validation = (Examples.mapped(folder / key, name) for name in ("train", "validation"))
-        sizes = (len(train), len(validation)) == (ledger.train, ledger.validation)
-        whole = sizes and train.is_whole() and validation.is_whole()
-        os.utime(folder / key)
-    except (OSError, ValueError, TypeError):
-        return None
-    return Prepared(train, validation, ledger) if whole else None
-
-
-def keep(folder: Path | None, key: str, prepared: Prepared) -> Prepared:
-    """Write prepared rows to the cache, appearing there whole or not at all, and return them mapped from it.
-
-    A cache that cannot be written to is none: the rows are returned as they are.
-    """
-    if folder is None:
-        return prepared
-    stage = None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(dir=folder, prefix=".partial-"))
-        prepared.train.save(stage, "train")
-        prepared.validation.save(stage, "validation")
-        (stage / LEDGER).write_text(json.dumps(prepared.ledger.to_json()), encoding="utf-8")
-        if (folder / key).exists():  # of another process, or damaged
-            shutil.rmtree(folder / key)
-        atomic.fsync_tree(stage)
-        atomic.rename(stage, folder / key)
-        _forget_oldest(folder)
-    except OSError:
-        if stage is not None:
-            shutil.rmtree(stage, ignore_errors=True)
-        return prepared
-    return cached(folder, key) or prepared
-
-
-def _forget_oldest(folder: Path) -> None:
-    """Remove prepared data sets, which are named by their hash and hold a ledger, beyond the newest."""
-    ours = [path for path in folder.iterdir() if len(path.name) == 64 and (path / LEDGER).is_file()]
-    for path in sorted(ours, key=lambda path: path.stat().st_mtime)[:-KEPT]:
-        shutil.rmtree(path, ignore_errors=True)

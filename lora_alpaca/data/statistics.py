@@ -10,7 +10,7 @@ NAMED = 5  # rows of a kind that are named, of however many
 
 
 @dataclass
-class Tally:
+class Count:
     """How many rows of a kind there are, where the first ones stand, and for dropped ones why the first was."""
 
     count: int = 0
@@ -25,7 +25,7 @@ class Tally:
             self.first.append(where)
 
 
-SENTENCES = {  # by the ledger's fields, in the order in which they are said
+SENTENCES = {  # by the statistics's fields, in the order in which they are said
     "bad": "cannot be used and are dropped",
     "overlong": "are longer than --cutoff_len {cutoff_len} and are dropped",
     "without_label": "have a prompt of --cutoff_len {cutoff_len} or more, so no answer is left; they are dropped",
@@ -44,7 +44,7 @@ NOTES = {  # not amiss, but good to know
 
 
 @dataclass
-class Ledger:
+class Statistics:
     """Counts of a run's rows. Tokens are those of the training part, after truncation."""
 
     cutoff_len: int
@@ -55,18 +55,18 @@ class Ledger:
     tokens: int = 0
     learned: int = 0
     percentiles: dict[str, int] = field(default_factory=dict)  # of row lengths before truncation
-    bad: Tally = field(default_factory=Tally)
-    overlong: Tally = field(default_factory=Tally)
-    without_label: Tally = field(default_factory=Tally)
-    truncated: Tally = field(default_factory=Tally)
-    ends_lost: Tally = field(default_factory=Tally)
-    duplicates: Tally = field(default_factory=Tally)
-    shared: Tally = field(default_factory=Tally)
-    empty_answers: Tally = field(default_factory=Tally)
-    blank_instructions: Tally = field(default_factory=Tally)
-    last_turn_only: Tally = field(default_factory=Tally)
-    control_text: Tally = field(default_factory=Tally)
-    other_ids: Tally = field(default_factory=Tally)
+    bad: Count = field(default_factory=Count)
+    overlong: Count = field(default_factory=Count)
+    without_label: Count = field(default_factory=Count)
+    truncated: Count = field(default_factory=Count)
+    ends_lost: Count = field(default_factory=Count)
+    duplicates: Count = field(default_factory=Count)
+    shared: Count = field(default_factory=Count)
+    empty_answers: Count = field(default_factory=Count)
+    blank_instructions: Count = field(default_factory=Count)
+    last_turn_only: Count = field(default_factory=Count)
+    control_text: Count = field(default_factory=Count)
+    other_ids: Count = field(default_factory=Count)
 
     def lines(self) -> list[str]:
         """Return the sentences to print: what is trained on, what was lost, and what is good to know."""
@@ -84,7 +84,7 @@ class Ledger:
         return lines
 
     def _line(self, mark: str, key: str, sentence: str) -> list[str]:
-        tally: Tally = getattr(self, key)
+        tally: Count = getattr(self, key)
         if not tally.count:
             return []
         said = sentence.format(cutoff_len=self.cutoff_len, example=tally.example)
@@ -115,8 +115,8 @@ class Ledger:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, stored: dict[str, Any]) -> "Ledger":
-        """Return a ledger that was saved."""
-        tallies = {found.name for found in fields(cls) if found.default_factory is Tally}
-        values: dict[str, Any] = {key: Tally(**value) if key in tallies else value for key, value in stored.items()}
+    def from_json(cls, stored: dict[str, Any]) -> "Statistics":
+        """Return a statistics that was saved."""
+        tallies = {found.name for found in fields(cls) if found.default_factory is Count}
+        values: dict[str, Any] = {key: Count(**value) if key in tallies else value for key, value in stored.items()}
         return cls(**values)

@@ -10,7 +10,7 @@ from pathlib import Path
 from lora_alpaca.config import ShowConfig
 from lora_alpaca.config.shared import DEMO
 from lora_alpaca.data import Rows
-from lora_alpaca.encoding import Encoded, Encoder
+from lora_alpaca.data.encoding import Encoded, Encoder
 from lora_alpaca.errors import ConfigError, FolderError
 from lora_alpaca.models.base import locate_base
 from lora_alpaca.models.tokenizer import load_tokenizer
