@@ -28,7 +28,8 @@ import torch
 import transformers
 from results_file import write
 
-from lora_alpaca import FinetuneConfig, adapters, checkpoints, data, finetune, planning
+from lora_alpaca import FinetuneConfig, data, finetune, planning
+from lora_alpaca.artifacts import adapter_folder, checkpoint
 from lora_alpaca.data import Rows, demo_file
 from lora_alpaca.data.encoding import Encoder
 from lora_alpaca.data.examples import Examples
@@ -116,9 +117,9 @@ def start(config: FinetuneConfig) -> State:
 def ours(config: FinetuneConfig) -> tuple[States, Curve]:
     """Train by `finetune`; return its adapters, and the training losses between them."""
     run = finetune(config)
-    saved = map(checkpoints.load, run.output_dir.glob("checkpoint-*"))
+    saved = map(checkpoint.load, run.output_dir.glob("checkpoint-*"))
     states = {checkpoint.facts["step"]: checkpoint.adapter for checkpoint in saved}
-    states[run.steps] = adapters.read(run.output_dir)
+    states[run.steps] = adapter_folder.read_weights(run.output_dir)
     return states, {entry["step"]: entry["loss"] for entry in run.history if "loss" in entry}
 
 

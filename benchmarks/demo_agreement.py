@@ -17,7 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from lora_alpaca import GenerateConfig, Generator, records
+from lora_alpaca import GenerateConfig, Generator
+from lora_alpaca.artifacts import run_record
 from lora_alpaca.data import Rows, demo_file
 from lora_alpaca.demo.__main__ import exact_match
 from lora_alpaca.reports import minutes
@@ -45,7 +46,7 @@ def measure(name: str, seed: int, folder: Path) -> dict[str, object]:
     # two processes of one thread each, or one of two: the same cores for all
     threads = {"OMP_NUM_THREADS": "1" if launcher is TORCHRUN else "2"}
     subprocess.run(command, check=True, capture_output=True, env=os.environ | threads)
-    run = records.finished_run(output_dir)
+    run = run_record.finished_run(output_dir)
     options = {word.removeprefix("--"): value for word, value in zip(flags[::2], flags[1::2], strict=True)}
     generator = Generator.load(
         GenerateConfig(lora_weights=str(output_dir), temperature=0, max_new_tokens=80, **options)  # type: ignore[arg-type]
@@ -74,7 +75,7 @@ def main() -> None:
     }
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    result = {"date": date, "machine": machine, "versions": records.versions(), "medians": medians, "runs": rows}
+    result = {"date": date, "machine": machine, "versions": run_record.versions(), "medians": medians, "runs": rows}
     path = ROOT / "benchmarks" / "results" / f"demo_agreement-{date}.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
     print(f"{path.relative_to(ROOT)} written in {minutes(time.perf_counter() - begun)}")

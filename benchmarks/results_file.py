@@ -7,7 +7,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from lora_alpaca import records
+from lora_alpaca.artifacts import run_record
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -31,6 +31,6 @@ def write(name: str, figures: dict[str, Any]) -> Path:
     """Write the figures with date, machine and versions, and return the file."""
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     path = RESULTS / f"{name}-{date}.json"
-    whole = {"date": date, "machine": machine(), "versions": records.versions(), **figures}
+    whole = {"date": date, "machine": machine(), "versions": run_record.versions(), **figures}
     path.write_text(json.dumps(whole, indent=2) + "\n")
     return path

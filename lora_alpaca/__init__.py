@@ -47,6 +47,7 @@ _HOMES = {
 __all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
+    from lora_alpaca.artifacts.run_record import RunResult
     from lora_alpaca.config import ExportConfig, FinetuneConfig, GenerateConfig
     from lora_alpaca.errors import (
         AdapterError,
@@ -65,7 +66,6 @@ if TYPE_CHECKING:
     from lora_alpaca.exporting import export_hf
     from lora_alpaca.generation import Generator
     from lora_alpaca.prompts import Template, load_template
-    from lora_alpaca.records import Run
     from lora_alpaca.training import finetune
 
 

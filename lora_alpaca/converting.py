@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lora_alpaca import adapters
+from lora_alpaca.artifacts import adapter_folder
 from lora_alpaca.config import ConvertConfig
 from lora_alpaca.errors import AdapterError, FolderError
 from lora_alpaca.models import lora
@@ -34,14 +34,14 @@ def convert_adapter(config: ConvertConfig) -> Path:
     if new.exists() or new.is_symlink():
         raise FolderError(f"{new} is there already, and is not written over; name another folder")
     if not old.exists() and config.old.count("/") == 1 and not config.old.startswith((".", "~", "/")):
-        old = adapters.download(config.old, "OLD", PICKLE)
+        old = adapter_folder.download(config.old, "OLD", PICKLE)
     old = old.parent if old.name == PICKLE else old
-    adapters.check_folder("OLD", old)
+    adapter_folder.require_adapter("OLD", old)
     if (old / WEIGHTS).is_file():
         raise AdapterError(f"{old} has its {WEIGHTS} already; there is nothing to convert")
     settings = _settings(old)
     state = _named(read_tensors(old / PICKLE), str(old / PICKLE))
-    adapters.check_tensors(state, str(old / PICKLE))
+    adapter_folder.require_sound(state, str(old / PICKLE))
     _check_shapes(state, settings, str(old / PICKLE))
 
     with output_folder.staging_folder(new) as stage:
@@ -71,7 +71,7 @@ def read_tensors(path: Path) -> State:
 
 def _settings(folder: Path) -> dict[str, Any]:
     """Return the settings of an old folder as PEFT writes them today; AdapterError where they mean something else."""
-    old = adapters.read_settings(folder)
+    old = adapter_folder.read_config(folder)
     for key in LONG_GONE:
         if old.get(key):
             raise AdapterError(f"{folder / CONFIG}: {key} is {old[key]}, which PEFT does not know any more")

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from lora_alpaca import adapters, contracts, records
+from lora_alpaca.artifacts import adapter_folder, prompt_contract, run_record
+from lora_alpaca.artifacts.source import UNCHECKED, agreed_template
 from lora_alpaca.config import ExportConfig
 from lora_alpaca.data.encoding import Encoder
 from lora_alpaca.errors import AdapterError, ExportError, FolderError, ModelError
@@ -46,12 +47,12 @@ def export_hf(config: ExportConfig) -> Path:
         raise AdapterError(
             f"--lora_weights {adapter}: no adapter there; train one first: python finetune.py --output_dir {adapter}"
         )
-    adapters.check_folder("--lora_weights", adapter)
+    adapter_folder.require_adapter("--lora_weights", adapter)
     output_folder.check(output_dir, config.overwrite, "remove it, or pass --overwrite")
-    origin = records.read_origin(adapter)
-    template = records.agreed_template(config.prompt_template, origin.contract, str(adapter))
+    origin = adapter_folder.read_info(adapter)
+    template = agreed_template(config.prompt_template, origin.contract, str(adapter))
     if origin.contract is None:
-        print(records.UNCHECKED)
+        print(UNCHECKED)
     named = config.base_model or os.environ.get("BASE_MODEL", "") or origin.base_model
     if not named:
         raise AdapterError(f"{adapter} does not record its base model; name it with --base_model")
@@ -64,7 +65,7 @@ def export_hf(config: ExportConfig) -> Path:
     _check_places(base, adapter, output_dir, target)
     device = pick_device("cpu" if config.device == "auto" else config.device)
     check_base_fits(base, spec := DeviceSpec(device, stored, bits=16))
-    for warning in records.check_adapter(adapter, origin, base):
+    for warning in adapter_folder.verify(adapter, origin, base):
         print(warning)
     tokenizer = load_tokenizer(base, adapter if (adapter / "tokenizer_config.json").is_file() else None)
     template = origin.contract.keep(tokenizer) if origin.contract else template.bound(tokenizer)
@@ -73,7 +74,7 @@ def export_hf(config: ExportConfig) -> Path:
     if _fits_in_fp32(model, device):
         model = model.float()
     print(f"merging {adapter} into {base.name} in {str(model.dtype).removeprefix('torch.')}")
-    peft_model = adapters.load(model, adapter).eval()
+    peft_model = adapter_folder.load(model, adapter).eval()
 
     probes = _probe_ids(tokenizer, template)
     with peft_model.disable_adapter():
@@ -85,13 +86,13 @@ def export_hf(config: ExportConfig) -> Path:
     merged = merged.to(target)
     receipt |= _rounding(plain, tuned, _logits(merged, probes), target) | {"changed_weights": changed}
 
-    stop_ids = contracts.stop_ids(merged.generation_config.eos_token_id, tokenizer, template)
+    stop_ids = prompt_contract.stop_ids(merged.generation_config.eos_token_id, tokenizer, template)
     merged.generation_config.eos_token_id = stop_ids or None
-    contract = origin.contract.content if origin.contract else contracts.draw_up(tokenizer, template, stop_ids)
+    contract = origin.contract.content if origin.contract else prompt_contract.build(tokenizer, template, stop_ids)
     with output_folder.staging_folder(output_dir) as stage:
         merged.save_pretrained(stage)
         tokenizer.save_pretrained(stage)
-        atomic.write(stage / contracts.FILE, atomic.as_json(contract))
+        atomic.write(stage / prompt_contract.FILE, atomic.as_json(contract))
         record = {
             "kind": "merged model",
             "status": "finished",
@@ -101,7 +102,7 @@ def export_hf(config: ExportConfig) -> Path:
             "stop_ids": stop_ids,
             "receipt": receipt,
             "weights": weight_hashes(replace(base, path=str(stage), revision=None)),
-            "versions": records.versions(),
+            "versions": run_record.versions(),
             "files": sorted({*files_below(stage)} - {atomic.LOCK}),
         }
         atomic.write(stage / output_folder.RECORD, atomic.as_json(record))

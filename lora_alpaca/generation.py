@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from lora_alpaca import adapters, contracts, records
+from lora_alpaca.artifacts import adapter_folder, prompt_contract
+from lora_alpaca.artifacts.adapter_folder import AdapterInfo
+from lora_alpaca.artifacts.source import UNCHECKED, agreed_template
 from lora_alpaca.config import GenerateConfig
 from lora_alpaca.config.shared import ADAPTER_DIR, DEMO
 from lora_alpaca.data.encoding import Encoder
@@ -28,7 +30,6 @@ from lora_alpaca.models.fingerprint import weight_hashes
 from lora_alpaca.models.meta import check_base_fits
 from lora_alpaca.models.tokenizer import load_tokenizer
 from lora_alpaca.prompts import AnyTemplate, Conversation, Message, load_template
-from lora_alpaca.records import Origin
 from lora_alpaca.storage import output_folder
 from lora_alpaca.storage.paths import user_path
 
@@ -77,7 +78,7 @@ class Generator:
         self.sampling = sampling or Sampling()
         self.max_length = max_length
         self.system = system
-        self.stop_ids = contracts.stop_ids(model.generation_config.eos_token_id, tokenizer, template)
+        self.stop_ids = prompt_contract.stop_ids(model.generation_config.eos_token_id, tokenizer, template)
         self._encoder = Encoder(tokenizer, self.template, add_eos_token=False)
         self._one_at_a_time = threading.Lock()  # the random state and the key-value cache belong to one answer
 
@@ -93,13 +94,13 @@ class Generator:
         _say(*said)
         check_base_fits(source.base, spec)
         if source.adapter is not None and source.origin is not None:
-            _say(*records.check_adapter(source.adapter, source.origin, source.base))
+            _say(*adapter_folder.verify(source.adapter, source.origin, source.base))
         tokenizer = load_tokenizer(source.base, source.tokenizer_dir)
         contract = source.origin.contract if source.origin else None
         template = contract.keep(tokenizer) if contract else template.bound(tokenizer)
         model = load_base(source.base, spec)
         if source.adapter is not None:
-            model = adapters.load(model, source.adapter).eval()
+            model = adapter_folder.load(model, source.adapter).eval()
         names = ("temperature", "top_p", "top_k", "num_beams", "max_new_tokens", "seed")
         sampling = Sampling(**{name: getattr(config, name) for name in names})
         return cls(model, tokenizer, template, sampling, source.base.max_length, config.system)
@@ -237,7 +238,7 @@ class Source:
     base: Base
     adapter: Path | None
     tokenizer_dir: Path | None
-    origin: Origin | None
+    origin: AdapterInfo | None
 
 
 def _find(config: GenerateConfig) -> Source:
@@ -248,7 +249,7 @@ def _find(config: GenerateConfig) -> Source:
     default = Path(ADAPTER_DIR)
     adapter = user_path(config.lora_weights) if config.lora_weights else None
     if adapter is None and (default / lora.CONFIG).is_file():
-        origin = records.read_origin(default)
+        origin = adapter_folder.read_info(default)
         if not named or _same_base(named, origin.base_model):
             adapter = default
         else:
@@ -256,9 +257,9 @@ def _find(config: GenerateConfig) -> Source:
     if adapter is None:
         return _model_alone(config, named)
     if not adapter.exists() and str(config.lora_weights).count("/") == 1:
-        adapter = adapters.download(config.lora_weights)
-    adapters.check_folder("--lora_weights", adapter)
-    origin = records.read_origin(adapter)
+        adapter = adapter_folder.download(config.lora_weights)
+    adapter_folder.require_adapter("--lora_weights", adapter)
+    origin = adapter_folder.read_info(adapter)
     if not named and not origin.base_model:
         raise ConfigError(f"{adapter} does not record its base model; name it with --base_model")
     revision = config.revision or (None if named and not _same_base(named, origin.base_model) else origin.base_revision)
@@ -272,7 +273,7 @@ def _model_alone(config: GenerateConfig, named: str) -> Source:
         _say(f"no adapter in {ADAPTER_DIR} yet: answering with the untrained demo base")
     base = locate_base(named or DEMO, config.revision, config.trust_remote_code)
     folder = Path(base.path)
-    origin = records.read_origin(folder) if output_folder.read_record(folder) else None
+    origin = adapter_folder.read_info(folder) if output_folder.read_record(folder) else None
     if origin is not None:
         weight_hashes(base)  # which checks them
     if named:
@@ -294,9 +295,9 @@ def _template(config: GenerateConfig, source: Source) -> AnyTemplate:
     contract = source.origin.contract if source.origin else None
     if contract is None and source.base.name == DEMO and not config.prompt_template:
         return load_template("alpaca")  # the untrained demo base: any would do
-    template = records.agreed_template(config.prompt_template, contract, str(source.adapter or source.base.name))
+    template = agreed_template(config.prompt_template, contract, str(source.adapter or source.base.name))
     if contract is None:
-        _say(records.UNCHECKED)
+        _say(UNCHECKED)
     return template
 
 

@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from lora_alpaca import checkpoints
-from lora_alpaca.checkpoints import Checkpoint
+from lora_alpaca.artifacts import checkpoint
+from lora_alpaca.artifacts.checkpoint import Checkpoint
+from lora_alpaca.artifacts.run_record import RunResult
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.data.examples import Examples
 from lora_alpaca.data.sampler import rows_of_step
@@ -20,7 +21,6 @@ from lora_alpaca.errors import RankError, TrainingError
 from lora_alpaca.models import lora
 from lora_alpaca.models.lora import State
 from lora_alpaca.planning import Plan
-from lora_alpaca.records import Run
 from lora_alpaca.signals import Interrupted, StepAbandoned
 from lora_alpaca.step import Learner, Step
 
@@ -59,11 +59,11 @@ class Progress:
         """Let the next validation be the best: it is on other rows than those before."""
         self.best_loss, self.best_step, self.without_gain, self.best = math.inf, 0, 0, {}
 
-    def result(self, output_dir: Path) -> Run:
+    def result(self, output_dir: Path) -> RunResult:
         """Return what the caller gets."""
         validated = self.first_loss is not None
         kept = (self.best_loss if validated else None, self.first_loss, self.best_step if validated else None)
-        return Run(output_dir, self.step, *kept, seconds=self.seconds, history=self.history)
+        return RunResult(output_dir, self.step, *kept, seconds=self.seconds, history=self.history)
 
 
 @dataclass
@@ -231,7 +231,7 @@ class Loop:
             return
         try:
             settings = lora.peft_config(self.learner.model)
-            checkpoints.save(self.output_dir, self.record["run"], self._checkpoint(), settings)
+            checkpoint.save(self.output_dir, self.record["run"], self._checkpoint(), settings)
         except OSError as error:
             self.failed_saves += 1
             self._failure = f"step {self.progress.step}: no checkpoint could be written ({error.strerror or error})"
@@ -245,7 +245,7 @@ class Loop:
         if not self.ranks.first:
             return
         try:
-            checkpoints.rotate(self.output_dir, self.record["run"], self.config.save_total_limit)
+            checkpoint.rotate(self.output_dir, self.record["run"], self.config.save_total_limit)
         except OSError as error:
             self.reporter.say(f"warning: an older checkpoint could not be removed ({error.strerror or error})")
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from lora_alpaca import records
+from lora_alpaca.artifacts import adapter_folder
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.config.shared import DEMO, UPSTREAM_DATA
 from lora_alpaca.data.sampler import steps_per_epoch
@@ -84,7 +84,7 @@ def within_model(config: FinetuneConfig, base: Base, spec: DeviceSpec, reporter:
     reporter.say(*check_base_fits(base, spec))
     if config.init_adapter:
         start = user_path(config.init_adapter)
-        reporter.say(*records.check_adapter(start, records.read_origin(start), base))
+        reporter.say(*adapter_folder.verify(start, adapter_folder.read_info(start), base))
     elif (bare := meta_model(base)) is not None:
         lora.target_modules(bare, config)
     width = base.config.get_text_config().hidden_size

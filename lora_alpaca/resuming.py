@@ -4,8 +4,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lora_alpaca import checkpoints, planning, records
-from lora_alpaca.checkpoints import Checkpoint
+from lora_alpaca import planning
+from lora_alpaca.artifacts import checkpoint, run_record
+from lora_alpaca.artifacts.checkpoint import Checkpoint
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.data.examples import Examples
 from lora_alpaca.errors import CheckpointError
@@ -23,11 +24,11 @@ def find(config: FinetuneConfig, output_dir: Path, reporter: Reporter) -> Path |
     """Return the checkpoint folder to go on from, or None for a fresh start, for which the output folder is checked."""
     output_folder.check_lock(output_dir)
     if config.resume_from_checkpoint:
-        folder = checkpoints.named(config.resume_from_checkpoint)
+        folder = checkpoint.resolve(config.resume_from_checkpoint)
         output_folder.check(output_dir, overwrite=output_folder.folder_status(output_dir) == "unfinished", ways_on="")
         return folder
     if config.resume:
-        newest, passed = checkpoints.newest(output_dir)
+        newest, passed = checkpoint.newest(output_dir)
         reporter.say(*(f"passed over {folder}: {reason}" for folder, reason in passed.items()))
         if newest:
             reporter.say(f"resuming from {newest}")
@@ -54,7 +55,7 @@ def check_same(checkpoint: Checkpoint, now: dict[str, Any], allowed: list[str]) 
     """
     stored = checkpoint.facts["record"]
     now["run"] = stored["run"]
-    changed = records.differences(stored, now)
+    changed = run_record.differences(stored, now)
     said = {name: f"{name} was {before!r:.60} and is {after!r:.60}" for name, (before, after) in changed.items()}
     for name in SHAPE & changed.keys():
         raise CheckpointError(f"--resume: {said[name]}; a run cannot change that, start a new one")

@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 
-from lora_alpaca import adapters, checkpoints, contracts, data, planning, records, resuming
+from lora_alpaca import data, planning, resuming
+from lora_alpaca.artifacts import adapter_folder, checkpoint, prompt_contract, run_record
+from lora_alpaca.artifacts.adapter_folder import Adapter
+from lora_alpaca.artifacts.run_record import RunResult
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.data import Rows, cache, preparation
 from lora_alpaca.data.encoding import Encoder
@@ -24,7 +27,6 @@ from lora_alpaca.models.tokenizer import load_tokenizer
 from lora_alpaca.planning import Plan
 from lora_alpaca.prompts import AnyTemplate, fitting_template, load_template
 from lora_alpaca.ranks import Ranks
-from lora_alpaca.records import Adapter, Run
 from lora_alpaca.reports import minutes
 from lora_alpaca.signals import Interrupted, Stop
 from lora_alpaca.step import Learner
@@ -32,7 +34,7 @@ from lora_alpaca.storage import atomic, output_folder
 from lora_alpaca.storage.paths import user_path
 
 
-def finetune(config: FinetuneConfig, rows: Rows | None = None) -> Run:
+def finetune(config: FinetuneConfig, rows: Rows | None = None) -> RunResult:
     """Train a LoRA adapter and return what came of it; the adapter lies, self-describing, in `config.output_dir`.
 
     `rows` are those of `config.data_path`, if they have been read already.
@@ -49,11 +51,11 @@ def finetune(config: FinetuneConfig, rows: Rows | None = None) -> Run:
             if ranks.first:
                 output_folder.check_lock(output_dir)
             say(f"{output_dir}: this run is already finished")
-            return records.finished_run(output_dir)
+            return run_record.finished_run(output_dir)
         checkpoint_dir = ranks.first_says(lambda: resuming.find(config, output_dir, ranks.reporter))
         template = load_template(config.prompt_template_name) if config.prompt_template_name else None
         if config.init_adapter:
-            adapters.check_start(config)
+            adapter_folder.check_init_adapter(config)
         config = planning.with_recipe(config, ranks.world_size, ranks.reporter)
         rows = rows or Rows(config.data_path, config.columns, config.skip_bad_rows)
         if not ranks.agree(rows.digest):
@@ -63,7 +65,7 @@ def finetune(config: FinetuneConfig, rows: Rows | None = None) -> Run:
         base = locate_base(config.base_model, config.revision, config.trust_remote_code)
         config = planning.within_model(config, base, ranks.spec, ranks.reporter)
         tokenizer = load_tokenizer(base)
-        resumed = checkpoints.load(checkpoint_dir) if checkpoint_dir else None
+        resumed = checkpoint.load(checkpoint_dir) if checkpoint_dir else None
         as_before = resuming.template_as_before(resumed, template)
         template = (as_before or fitting_template(rows.formats, tokenizer)).bound(tokenizer)
         prepared = _prepare(config, rows, held_out, tokenizer, template, ranks)
@@ -80,7 +82,7 @@ def finetune(config: FinetuneConfig, rows: Rows | None = None) -> Run:
         with ranks.first_here():  # the others find the hashes of its files in the cache
             base_sha256 = hash_base(base)
         hashes = (base_sha256, template, hash_tokenizer(tokenizer))
-        record = records.describe(config, base, *hashes, ranks.spec, ranks.world_size, rows.digest, ledger)
+        record = run_record.describe(config, base, *hashes, ranks.spec, ranks.world_size, rows.digest, ledger)
         record["validation_sha256"] = validation.digest()
         changed = resuming.check_same(resumed, record, config.allow_change or []) if resumed else {}
         say(*changed.values())
@@ -92,7 +94,7 @@ def finetune(config: FinetuneConfig, rows: Rows | None = None) -> Run:
         model = load_base(base, ranks.spec)  # the first heavy step
         if config.init_adapter:
             start = user_path(config.init_adapter)
-            model = adapters.load(model, start, trainable=True, dropout=config.lora_dropout)
+            model = adapter_folder.load(model, start, trainable=True, dropout=config.lora_dropout)
         else:
             model = lora.attach(model, config, base)
         output_folder.check_space(output_dir, _bytes_written(model, config, plan))
@@ -129,8 +131,8 @@ def finetune(config: FinetuneConfig, rows: Rows | None = None) -> Run:
             goes_on = not config.overwrite and output_folder.folder_status(output_dir) == "unfinished"
             with output_folder.disk_errors_named(output_dir):
                 say(*until_trained.enter_context(output_folder.locked_for_run(output_dir, config.overwrite, goes_on)))
-                checkpoints.sweep(output_dir)
-                say(*checkpoints.make_newest(output_dir, checkpoint_dir))
+                checkpoint.remove_leftovers(output_dir)
+                say(*checkpoint.set_aside_after(output_dir, checkpoint_dir))
                 atomic.replace(output_dir / output_folder.RECORD, atomic.as_json(record))
         ranks.start_tracker(config, model, resumed.facts["tracker"] if resumed else "")
 
@@ -138,10 +140,10 @@ def finetune(config: FinetuneConfig, rows: Rows | None = None) -> Run:
             Loop(config, plan, learner, train, validation, output_dir, record, progress).run()
             run = progress.result(output_dir)
             if ranks.first:
-                checkpoints.sweep(output_dir)  # nothing hidden stays in what is finished
+                checkpoint.remove_leftovers(output_dir)  # nothing hidden stays in what is finished
                 state = progress.best or lora.state(model)
-                stop_ids = contracts.stop_ids(model.generation_config.eos_token_id, tokenizer, template)
-                contract = contracts.draw_up(tokenizer, template, stop_ids, train)
+                stop_ids = prompt_contract.stop_ids(model.generation_config.eos_token_id, tokenizer, template)
+                contract = prompt_contract.build(tokenizer, template, stop_ids, train)
                 _save(Adapter(state, lora.peft_config(model), tokenizer, contract, record), run)
             ranks.wait()
         ranks.keep_model(config, output_dir)
@@ -158,7 +160,7 @@ def _bytes_written(model: Any, config: FinetuneConfig, plan: Plan) -> int:
     return 4 * adapter * (kept + 1)
 
 
-def _save(adapter: Adapter, run: Run) -> None:
+def _save(adapter: Adapter, run: RunResult) -> None:
     """Save the adapter. Where its folder cannot be written to, it is put where temporary files are, and that is said.
 
     Raises TrainingError naming that folder.
@@ -196,7 +198,7 @@ def _prepare(
         return cache.keep(folder, key, prepared)
 
 
-def _gain(run: Run) -> str:
+def _gain(run: RunResult) -> str:
     if run.validation_loss is None or run.first_validation_loss is None:
         return ""
     return f"; validation loss {run.first_validation_loss:.4f} -> {run.validation_loss:.4f}"

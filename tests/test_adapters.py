@@ -12,7 +12,8 @@ from conftest import as_row
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from lora_alpaca import FinetuneConfig, adapters, finetune, records
+from lora_alpaca import FinetuneConfig, finetune
+from lora_alpaca.artifacts import adapter_folder
 from lora_alpaca.config import ConvertConfig
 from lora_alpaca.converting import convert_adapter
 from lora_alpaca.errors import AdapterError
@@ -215,7 +216,7 @@ def test_a_base_that_was_moved_is_the_same(command, there, tmp_path, data_path, 
     base = shutil.copytree(tiny_llama, tmp_path / "elsewhere")
     result = run(command, *words(command, there, tmp_path, data_path, base))
     assert result.code == 0, result.err
-    assert records.UNKNOWN_BASE not in result.out + result.err
+    assert adapter_folder.UNKNOWN_BASE not in result.out + result.err
 
 
 def test_weights_changed_in_place_are_noticed(there, tmp_path, data_path, tiny_llama):
@@ -237,7 +238,7 @@ def test_of_a_foreign_adapter_names_and_shapes_are_checked_and_that_is_said(
     template = [] if command == "finetune" else ["--prompt_template", "alpaca"]
     result = run(command, *words(command, there, tmp_path, data_path, tiny_llama), *template)
     assert result.code == 0, result.err
-    assert records.UNKNOWN_BASE in result.out + result.err
+    assert adapter_folder.UNKNOWN_BASE in result.out + result.err
     line = run(command, *words(command, there, tmp_path, data_path, tiny_model("GPT2")), *template).err
     assert "the adapter does not fit this base model" in line
 
@@ -269,7 +270,9 @@ def test_a_checkpoint_knows_its_base(there, tmp_path, data_path, tiny_llama):
 
 
 def test_an_adapter_that_learns_only_magnitudes_is_none_that_changes_nothing():
-    adapters.check_tensors({"x.lora_B.weight": torch.zeros(2, 2), "x.lora_magnitude_vector": torch.ones(2)}, "here")
+    adapter_folder.require_sound(
+        {"x.lora_B.weight": torch.zeros(2, 2), "x.lora_magnitude_vector": torch.ones(2)}, "here"
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- converting
@@ -303,7 +306,7 @@ def test_an_old_adapter_becomes_one_that_peft_reads(old, adapter, tmp_path, tiny
     assert all(torch.equal(one[name], other[name]) for name in one)
     base = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama)
     PeftModel.from_pretrained(base, tmp_path / "new")
-    loaded = adapters.load(transformers.AutoModelForCausalLM.from_pretrained(tiny_llama), tmp_path / "new")
+    loaded = adapter_folder.load(transformers.AutoModelForCausalLM.from_pretrained(tiny_llama), tmp_path / "new")
     assert all(torch.equal(tensor, other[name]) for name, tensor in lora.state(loaded).items())
     assert not list(tmp_path.glob(".*"))
 
@@ -315,7 +318,7 @@ def test_old_and_new_may_be_named(old, tmp_path):
 
 def test_an_old_adapter_on_the_hub_is_fetched_with_its_pickle(old, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(adapters, "download", lambda *words: asked.append(words) or old)
+    monkeypatch.setattr(adapter_folder, "download", lambda *words: asked.append(words) or old)
     assert run("convert_adapter", "tloen/alpaca-lora-7b", tmp_path / "new").code == 0
     assert asked == [("tloen/alpaca-lora-7b", "OLD", "adapter_model.bin")]
 
@@ -414,7 +417,7 @@ def test_a_skeleton_has_the_names_and_shapes_of_the_model(architecture, tiny_mod
 
 
 def test_a_state_that_does_not_fit_is_not_put_in(adapter, tiny_llama):
-    model = adapters.load(transformers.AutoModelForCausalLM.from_pretrained(tiny_llama), adapter)
+    model = adapter_folder.load(transformers.AutoModelForCausalLM.from_pretrained(tiny_llama), adapter)
     before = lora.state(model)
     with pytest.raises(AdapterError, match="is missing"):
         lora.set_state(model, dict(sorted(before.items())[1:]), "here")

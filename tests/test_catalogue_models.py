@@ -16,7 +16,8 @@ from command import run
 from conftest import as_row
 from safetensors.torch import load_file, save_file
 
-from lora_alpaca import checkpoints, exporting
+from lora_alpaca import exporting
+from lora_alpaca.artifacts import checkpoint
 from lora_alpaca.storage import atomic
 
 pytestmark = pytest.mark.usefixtures("here")  # an empty folder, where nothing may be written and no model loaded
@@ -238,8 +239,8 @@ def test_a_folder_that_another_run_is_at_work_in(number, way, begun, model_loads
 def test_checkpoints_are_ordered_by_their_steps_not_by_the_clock(number, begun):
     folder, _ = begun
     os.utime(folder / "checkpoint-2", (0, 0))
-    assert checkpoints.newest(folder)[0] == folder / "checkpoint-2"
-    checkpoints.rotate(folder, json.loads((folder / "lora_alpaca.json").read_text())["run"], keep=1)
+    assert checkpoint.newest(folder)[0] == folder / "checkpoint-2"
+    checkpoint.rotate(folder, json.loads((folder / "lora_alpaca.json").read_text())["run"], keep=1)
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
 
 

@@ -7,7 +7,8 @@ import pytest
 from command import run
 from conftest import as_row
 
-from lora_alpaca import FinetuneConfig, contracts, finetune
+from lora_alpaca import FinetuneConfig, finetune
+from lora_alpaca.artifacts import prompt_contract
 from lora_alpaca.errors import ContractError
 from lora_alpaca.storage import output_folder
 from lora_alpaca.storage.paths import sha256
@@ -81,7 +82,7 @@ def _nothing_heavy(monkeypatch, request):
 def test_the_contract_says_what_was_trained(adapter, tiny_llama):
     from transformers import AutoTokenizer
 
-    contract = contracts.read(adapter)
+    contract = prompt_contract.read(adapter)
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     assert contract.template.name == "alpaca"
     assert contract.content["stop_ids"] == [tokenizer.eos_token_id]
@@ -95,13 +96,13 @@ def test_the_contract_says_what_was_trained(adapter, tiny_llama):
 
 
 def test_private_rows_are_not_published(adapter, rows):
-    text = (adapter / contracts.FILE).read_text() + (adapter / "lora_alpaca.json").read_text()
+    text = (adapter / prompt_contract.FILE).read_text() + (adapter / "lora_alpaca.json").read_text()
     private = [row.question.text for row in rows if not row.question.input] + [
         row.answers[0] for row in rows if len(row.answers[0]) > 10
     ]
     assert not [said for said in private if said in text]
-    hashes = json.loads((adapter / contracts.FILE).read_text())["rows_sha256"]
-    assert len(set(hashes)) == contracts.HASHED_ROWS
+    hashes = json.loads((adapter / prompt_contract.FILE).read_text())["rows_sha256"]
+    assert len(set(hashes)) == prompt_contract.HASHED_ROWS
 
 
 def test_the_merged_folder_keeps_the_contract(adapter, tmp_path):
@@ -112,7 +113,10 @@ def test_the_merged_folder_keeps_the_contract(adapter, tmp_path):
     edit(adapter / output_folder.RECORD, lambda content: content.update(adapter_sha256=sha256(weights)))
     assert run("export", "--lora_weights", adapter, "--output_dir", tmp_path / "merged").code == 0
     assert run("generate", "--base_model", tmp_path / "merged", *ASK).code == 0
-    edit(tmp_path / "merged" / contracts.FILE, lambda content: content["golden"][0]["tokens"].__setitem__(5, "other"))
+    edit(
+        tmp_path / "merged" / prompt_contract.FILE,
+        lambda content: content["golden"][0]["tokens"].__setitem__(5, "other"),
+    )
     result = run("generate", "--base_model", tmp_path / "merged", *ASK)
     assert result.code == 1
     assert "and was 'other' (id " in result.err
@@ -139,20 +143,20 @@ def test_another_tokenizer_of_the_same_size_is_refused(adapter, tmp_path):
 
 def test_a_tokenizer_that_splits_otherwise_is_refused_at_the_first_token(adapter, tmp_path):
     def forget_a_merge(content):
-        used = contracts.read(adapter).content["golden"][0]["tokens"]
+        used = prompt_contract.read(adapter).content["golden"][0]["tokens"]
         merges = content["model"]["merges"]
         gone = next(pair for pair in merges if "".join(pair) == max(used, key=len))
         merges.remove(gone)
 
     edit(adapter / "tokenizer.json", forget_a_merge)
     said = refused_by_both(adapter, tmp_path)
-    longest = max(contracts.read(adapter).content["golden"][0]["tokens"], key=len)
+    longest = max(prompt_contract.read(adapter).content["golden"][0]["tokens"], key=len)
     assert f"and was {longest!r} (id " in said
 
 
 def test_a_rare_token_that_moved_is_refused(adapter, tmp_path):
     """The golden rows do not hold it, and still it is another vocabulary."""
-    used = {token for row in contracts.read(adapter).content["golden"] for token in row["tokens"]}
+    used = {token for row in prompt_contract.read(adapter).content["golden"] for token in row["tokens"]}
 
     def swap(content):
         vocabulary = content["model"]["vocab"]
@@ -179,14 +183,14 @@ def test_a_space_more_in_the_template_is_refused(adapter, tmp_path):
         template = content["template"]
         template["prompt_no_input"] = template["prompt_no_input"].replace("describes a", "describes  a")
 
-    edit(adapter / contracts.FILE, space)
+    edit(adapter / prompt_contract.FILE, space)
     said = refused_by_both(adapter, tmp_path)
     assert "of a golden prompt is" in said
     assert "in training, after 'Below is an instruction " in said
 
 
 def test_a_change_that_no_golden_row_shows_is_refused(adapter, tmp_path):
-    edit(adapter / contracts.FILE, lambda content: content["template"].update(response_split="### Resp"))
+    edit(adapter / prompt_contract.FILE, lambda content: content["template"].update(response_split="### Resp"))
     assert "another template than in training" in refused_by_both(adapter, tmp_path)
 
 
@@ -198,12 +202,12 @@ def test_another_end_token_is_refused(adapter, tmp_path):
 
 @pytest.mark.parametrize("damage", [lambda content: content.pop("golden"), lambda content: content.update(format=2)])
 def test_a_damaged_contract_is_refused(adapter, tmp_path, damage):
-    edit(adapter / contracts.FILE, damage)
-    assert contracts.FILE in refused_by_both(adapter, tmp_path)
+    edit(adapter / prompt_contract.FILE, damage)
+    assert prompt_contract.FILE in refused_by_both(adapter, tmp_path)
 
 
 def test_a_contract_that_is_no_json_is_refused(adapter, tmp_path):
-    (adapter / contracts.FILE).write_text("{")
+    (adapter / prompt_contract.FILE).write_text("{")
     assert "damaged" in refused_by_both(adapter, tmp_path)
 
 
@@ -229,8 +233,8 @@ def test_generation_stops_at_the_end_token_of_the_template(tiny_model):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model("Llama"))
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert contracts.stop_ids(None, tokenizer, load_template("chatml")) == [2, end]
-    assert contracts.stop_ids([7, 2], tokenizer, load_template("vicuna")) == [2, 7]
+    assert prompt_contract.stop_ids(None, tokenizer, load_template("chatml")) == [2, end]
+    assert prompt_contract.stop_ids([7, 2], tokenizer, load_template("vicuna")) == [2, 7]
 
 
 def test_a_contract_of_a_chat_template_keeps_its_text_and_its_day(tiny_model, monkeypatch):
@@ -245,13 +249,13 @@ def test_a_contract_of_a_chat_template_keeps_its_text_and_its_day(tiny_model, mo
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     template = load_template("chat").bound(tokenizer)
-    content = json.loads(json.dumps(contracts.draw_up(tokenizer, template, [0])))
+    content = json.loads(json.dumps(prompt_contract.build(tokenizer, template, [0])))
     assert "strftime_now" not in content["template"]["chat_template"]
-    contract = contracts.Contract(template_from_json(content["template"], "", ""), content, "somewhere")
+    contract = prompt_contract.PromptContract(template_from_json(content["template"], "", ""), content, "somewhere")
     tokenizer.chat_template = "the tokenizer's own has changed since"
     assert contract.keep(tokenizer).digest() == template.digest()
     content["template"]["chat_template"] += " "
-    contract = contracts.Contract(template_from_json(content["template"], "", ""), content, "somewhere")
+    contract = prompt_contract.PromptContract(template_from_json(content["template"], "", ""), content, "somewhere")
     with pytest.raises(ContractError):
         contract.keep(tokenizer)
 

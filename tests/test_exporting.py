@@ -5,7 +5,8 @@ import torch
 from conftest import as_row
 from safetensors.torch import load_file, save_file
 
-from lora_alpaca import ExportConfig, FinetuneConfig, adapters, export_hf, finetune
+from lora_alpaca import ExportConfig, FinetuneConfig, export_hf, finetune
+from lora_alpaca.artifacts import adapter_folder
 from lora_alpaca.errors import AdapterError, FolderError, ModelError
 from lora_alpaca.models import lora
 from lora_alpaca.storage import atomic, output_folder
@@ -43,7 +44,7 @@ def test_the_adapter_loads_with_plain_peft_and_the_merge_with_plain_transformers
     ids = tokenizer("Where does the owl live?", return_tensors="pt")["input_ids"]
     base = AutoModelForCausalLM.from_pretrained(tiny_llama)
     plain = logits(base, ids)
-    ours = logits(adapters.load(AutoModelForCausalLM.from_pretrained(tiny_llama), adapter).eval(), ids)
+    ours = logits(adapter_folder.load(AutoModelForCausalLM.from_pretrained(tiny_llama), adapter).eval(), ids)
     theirs = logits(PeftModel.from_pretrained(base, adapter).eval(), ids)
     assert torch.equal(ours, theirs)
     assert (theirs - plain).abs().max() > 1e-2

@@ -5,7 +5,7 @@ import torch
 from command import run
 from test_training import flags, interrupt, same
 
-from lora_alpaca.adapters import read
+from lora_alpaca.artifacts.adapter_folder import read_weights
 from lora_alpaca.storage import output_folder
 
 FAMILIES = ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "OPT", "GPT2"]
@@ -20,7 +20,7 @@ def test_family(family, tiny_model, data_path, tmp_path):
     result = run("finetune", *flags(options))
     assert result.code == 0, result.err
     assert "8-bit (LLM.int8) base" in result.out
-    state = read(tmp_path / "adapter")
+    state = read_weights(tmp_path / "adapter")
     assert all(tensor.abs().max() > 0 for name, tensor in state.items() if "lora_B" in name)
 
     run("finetune", *flags(options | {"output_dir": tmp_path / "killed"}))

@@ -107,7 +107,11 @@ def test_a_long_answer_is_cut_and_counted(prepared, tokenizer):
 
 def test_long_rows_may_be_dropped(prepared):
     found = prepared([LONG, ROW], overlong="drop")
-    assert (len(found.train), found.statistics.overlong.first, found.statistics.truncated.count) == (1, ["rows.json:1"], 0)
+    assert (len(found.train), found.statistics.overlong.first, found.statistics.truncated.count) == (
+        1,
+        ["rows.json:1"],
+        0,
+    )
 
 
 def test_long_rows_may_be_an_error(prepared):

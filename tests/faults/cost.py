@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from lora_alpaca import checkpoints
-from lora_alpaca.checkpoints import Checkpoint
+from lora_alpaca.artifacts import checkpoint
+from lora_alpaca.artifacts.checkpoint import Checkpoint
 from lora_alpaca.storage import output_folder
 
 from .report import Report
@@ -42,12 +42,12 @@ def large(folder: Path) -> dict[str, Any]:
     folder.mkdir(parents=True)
     for step in range(1, ROUNDS + 1):
         begun = time.monotonic(), time.process_time()
-        checkpoint = Checkpoint({"step": step}, state, moments, state)
-        where = checkpoints.save(folder, "a run", checkpoint, {})
+        contents = Checkpoint({"step": step}, state, moments, state)
+        where = checkpoint.save(folder, "a run", contents, {})
         wall.append(time.monotonic() - begun[0])
         processor.append(time.process_time() - begun[1])
         size = sum(path.stat().st_size for path in where.iterdir())
-        checkpoints.remove(where)
+        checkpoint.remove(where)
     return {
         "megabytes": round(size / 1e6, 1),
         "seconds": round(statistics.median(wall), 3),

@@ -15,7 +15,7 @@ from typing import Any
 from faults.operations import Watch, dies_before
 from faults.report import Report, chosen
 from faults.scene import Ended, Scene, hidden, losses, same, steps, whole
-from lora_alpaca import checkpoints
+from lora_alpaca.artifacts import checkpoint
 from lora_alpaca.errors import CheckpointError
 from lora_alpaca.storage.atomic import LOCK
 from lora_alpaca.storage.output_folder import MANIFEST, folder_status
@@ -115,7 +115,7 @@ class _Stage:
 
         died = self.scene.finetune(self.out, lambda: Watch(self.work, before).begin(), **options)
         assert died.code == 9, died.said
-        with open(self.out / "checkpoint-2" / checkpoints.OPTIMIZER, "r+b") as file:
+        with open(self.out / "checkpoint-2" / checkpoint.OPTIMIZER, "r+b") as file:
             file.truncate(100)
         shutil.copytree(self.out, self.kept / "interrupted")
         whole = self.scene.finetune(self.kept / "run of four", **options)
@@ -153,7 +153,7 @@ class _Stage:
         """A checkpoint that was renamed is there and whole, and no more than save_steps steps were taken after it."""
         renamed = [int(to.removeprefix("checkpoint-")) for kind, _, to in done if to.startswith("checkpoint-")]
         try:
-            newest, _ = checkpoints.newest(self.out) if self.out.exists() else (None, {})
+            newest, _ = checkpoint.newest(self.out) if self.out.exists() else (None, {})
         except CheckpointError as error:
             return [f"no checkpoint verifies: {error}"]
         step = int(newest.name.removeprefix("checkpoint-")) if newest else 0
@@ -176,7 +176,7 @@ class _Stage:
         return [] if any(map(whole, self.work.iterdir())) else ["the finished run is lost"]
 
     def _first_checkpoint_stays(self, done: list[Operation], died: Ended) -> list[str]:
-        newest, _ = checkpoints.newest(self.out)
+        newest, _ = checkpoint.newest(self.out)
         return [] if newest == self.out / "checkpoint-1" else [f"the newest checkpoint is {newest}"]
 
     def _all_or_nothing(self, done: list[Operation], died: Ended) -> list[str]:

@@ -19,7 +19,7 @@ from typing import Any
 from faults.operations import Before, Watch
 from faults.report import Report, chosen
 from faults.scene import Ended, Scene, hidden, losses, same, whole
-from lora_alpaca import checkpoints
+from lora_alpaca.artifacts import checkpoint
 from lora_alpaca.storage.atomic import LOCK
 from lora_alpaca.storage.output_folder import RECORD
 
@@ -245,7 +245,7 @@ class _Disk:
             expect("3 times in a row" in ended.error(), f"{what}: {ended.error()}")
             expect((out / "checkpoint-2").is_dir(), f"{what}: the older checkpoint is gone")
         if ended.code == 1:
-            newest, _ = checkpoints.newest(out)
+            newest, _ = checkpoint.newest(out)
             expect(newest is not None, f"{what}: no checkpoint is whole")
         if not any(kind in what for kind in REMOVALS):  # what cannot be removed stays
             expect(not hidden(out), f"{what}: left behind: {hidden(out)}")

@@ -11,7 +11,7 @@ import torch
 
 from faults.report import Report, chosen
 from faults.scene import Scene, losses, same
-from lora_alpaca.checkpoints import STATE
+from lora_alpaca.artifacts.checkpoint import STATE
 from lora_alpaca.engine import Engine
 from lora_alpaca.storage.paths import read_json
 

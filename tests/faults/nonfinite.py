@@ -15,7 +15,7 @@ import torch
 
 from faults.report import Report, chosen
 from faults.scene import Ended, Scene, losses, same, steps, tensors
-from lora_alpaca import checkpoints
+from lora_alpaca.artifacts import checkpoint
 from lora_alpaca.engine import Engine, Packed
 from lora_alpaca.loop import MOST_OVERFLOWS, MOST_SKIPPED, Loop
 from lora_alpaca.ranks import Ranks
@@ -195,10 +195,10 @@ class _Trials:
 
     def newest(self, what: str) -> int:
         """Return the step of the newest checkpoint, 0 where there is none; it must be finite."""
-        folder = checkpoints.newest(self.out)[0] if self.out.exists() else None
+        folder = checkpoint.newest(self.out)[0] if self.out.exists() else None
         if folder is None:
             return 0
-        for name in (checkpoints.WEIGHTS, checkpoints.OPTIMIZER, checkpoints.BEST):
+        for name in (checkpoint.WEIGHTS, checkpoint.OPTIMIZER, checkpoint.BEST):
             finite = all(torch.isfinite(tensor).all() for tensor in tensors(folder, name).values())
             self.report.expect(finite, f"{what}: {name} of {folder.name} is not finite")
         return int(folder.name.removeprefix("checkpoint-"))

@@ -20,7 +20,7 @@ from typing import Any
 from faults.operations import Watch
 from faults.report import Report, chosen
 from faults.scene import Ended, Scene, losses, same, steps
-from lora_alpaca import checkpoints
+from lora_alpaca.artifacts import checkpoint
 from lora_alpaca.errors import CheckpointError
 from lora_alpaca.storage.output_folder import RECORD, read_record
 
@@ -285,7 +285,7 @@ class _Judge:
         """Return what is wrong with what a disk holds."""
         wrong = []
         try:
-            newest, _ = checkpoints.newest(image / "out") if (image / "out").exists() else (None, {})
+            newest, _ = checkpoint.newest(image / "out") if (image / "out").exists() else (None, {})
         except CheckpointError as error:
             newest = None
             if self.strict:

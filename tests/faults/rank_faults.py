@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from lora_alpaca import checkpoints
+from lora_alpaca.artifacts import checkpoint
 
 from .kills import OPTIONS
 from .report import Report, chosen
@@ -83,7 +83,7 @@ def judge(report: Report, case: str, running: Running, wanted: str, fault: str) 
     report.expect(
         newest == done or not lives, f"{case}: step {done} was finished, and the newest checkpoint is {newest}"
     )
-    damage = checkpoints.damage(running.out / f"checkpoint-{newest}") if newest else ""
+    damage = checkpoint.verify(running.out / f"checkpoint-{newest}") if newest else ""
     report.expect(not damage, f"{case}: checkpoint-{newest}: {damage}")
 
 

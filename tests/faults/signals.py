@@ -6,7 +6,8 @@ import signal
 import time
 from pathlib import Path
 
-from lora_alpaca import checkpoints, signals
+from lora_alpaca import signals
+from lora_alpaca.artifacts import checkpoint
 from lora_alpaca.engine import Engine
 
 from .kills import OPTIONS, by_phase, uninterrupted
@@ -74,7 +75,7 @@ def judge_end(report: Report, case: str, running: Running, ended: Ended, sent: s
             continue
         report.expect(bool(saved) or step == 0, f"{case}: step {step} was done, and it said {said!r}")
         if saved and rank in ("", "0"):
-            damage = checkpoints.damage(running.out / f"checkpoint-{saved[1]}")
+            damage = checkpoint.verify(running.out / f"checkpoint-{saved[1]}")
             report.expect(int(saved[1]) >= step and not damage, f"{case}: after step {step}: {said}: {damage}")
 
 

@@ -51,7 +51,7 @@ GOLDEN = (  # what has gone wrong before: inputs, white space at the seam, scrip
 
 
 @dataclass(frozen=True)
-class Contract:
+class PromptContract:
     """What `prompt_contract.json` holds. `template` is not bound to a tokenizer yet."""
 
     template: AnyTemplate
@@ -115,7 +115,7 @@ class Contract:
 _WAY_OUT = "use the tokenizer and template of this folder unchanged, or train anew"
 
 
-def draw_up(
+def build(
     tokenizer: Any, template: AnyTemplate, stop_ids: Sequence[int], train: Examples | None = None
 ) -> dict[str, Any]:
     """Return the content of the file for a template bound to its tokenizer, and the rows trained on, where known."""
@@ -130,7 +130,7 @@ def draw_up(
     }
 
 
-def read(folder: Path) -> Contract | None:
+def read(folder: Path) -> PromptContract | None:
     """Return the contract of a folder, None if it has none; ContractError if it is damaged."""
     path = folder / FILE
     if not path.exists():
@@ -144,7 +144,7 @@ def read(folder: Path) -> Contract | None:
         assert all({"text", "ids", "tokens", "learned"} <= row.keys() for row in content["golden"])
     except (KeyError, TypeError, AttributeError, AssertionError):
         raise ContractError(f"{path}: damaged, or not written by lora_alpaca") from None
-    return Contract(template, content, str(folder))
+    return PromptContract(template, content, str(folder))
 
 
 def row_hashes(train: Examples) -> list[str]:

@@ -80,7 +80,7 @@ def rotate(output_dir: Path, run: str, keep: int) -> None:
 
     What could not be removed before is tried again. Raises OSError.
     """
-    sweep(output_dir)
+    remove_leftovers(output_dir)
     ours = [folder for folder in _folders(output_dir) if _run(folder) == run]
     for folder in ours[keep:]:
         remove(folder)
@@ -97,7 +97,7 @@ def remove(folder: Path) -> None:
     output_folder.remove_checkpoint(folder)  # a file of the user's own in it stays
 
 
-def sweep(output_dir: Path) -> None:
+def remove_leftovers(output_dir: Path) -> None:
     """Remove what saves and removals that were interrupted have left hidden in a folder of ours."""
     for path in output_dir.glob(".*"):
         if path.is_dir() and _REMAINS.fullmatch(path.name):
@@ -125,7 +125,7 @@ def _step(folder: Path) -> int:
 # --------------------------------------------------------------------------------------------------------- resuming
 
 
-def damage(folder: Path) -> str:
+def verify(folder: Path) -> str:
     """Return what is wrong with a checkpoint, or nothing if every file has the size and hash of its manifest."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
@@ -145,7 +145,7 @@ def newest(output_dir: Path) -> tuple[Path | None, dict[Path, str]]:
     """
     passed: dict[Path, str] = {}
     for folder in _folders(output_dir):
-        if not (reason := damage(folder)):
+        if not (reason := verify(folder)):
             return folder, passed
         passed[folder] = reason
     if passed:
@@ -156,7 +156,7 @@ def newest(output_dir: Path) -> tuple[Path | None, dict[Path, str]]:
     return None, passed
 
 
-def make_newest(output_dir: Path, chosen: Path | None) -> list[str]:
+def set_aside_after(output_dir: Path, chosen: Path | None) -> list[str]:
     """Set aside every checkpoint after the chosen one, to whose successors the run comes again, and say so.
 
     Without a chosen one, or with one from elsewhere, that is every one that is there.
@@ -167,12 +167,12 @@ def make_newest(output_dir: Path, chosen: Path | None) -> list[str]:
     for folder in _folders(output_dir):
         if _step(folder) > step:
             said.append(
-                f"{folder} is now {output_folder.rename_aside(folder, 'damaged' if damage(folder) else 'left').name}"
+                f"{folder} is now {output_folder.rename_aside(folder, 'damaged' if verify(folder) else 'left').name}"
             )
     return said
 
 
-def named(path: str) -> Path:
+def resolve(path: str) -> Path:
     """Return the folder named by --resume_from_checkpoint; ConfigError if it is missing or holds no checkpoint."""
     folder = user_path(path)
     if not folder.is_dir():
@@ -184,7 +184,7 @@ def named(path: str) -> Path:
             else ""
         )
         raise ConfigError(f"--resume_from_checkpoint {path}: holds no checkpoint{hint}")
-    if reason := damage(folder):
+    if reason := verify(folder):
         raise CheckpointError(f"--resume_from_checkpoint {path}: {reason}")
     return folder
 
