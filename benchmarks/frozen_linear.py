@@ -15,7 +15,7 @@ from bitsandbytes import functional, nn
 from results_file import write
 
 from lora_alpaca.engine.allocator import keep_large_buffers
-from lora_alpaca.engine.frozen import frozen_forward
+from lora_alpaca.engine.int8_linear import int8_forward
 from lora_alpaca.models.device import has_bf16
 
 IN, OUT, ROUNDS = 2048, 5504, 9
@@ -36,7 +36,7 @@ def layers() -> dict[str, tuple[object, torch.Tensor]]:
     return {
         "unquantised": (lambda x: F.linear(x, weight), weight),
         "8-bit, bitsandbytes": (eight.train(), eight_weight),
-        "8-bit, ours": (frozen_forward(eight, DTYPE), eight_weight),
+        "8-bit, ours": (int8_forward(eight, DTYPE), eight_weight),
         "4-bit, bitsandbytes": (four, four_weight),
     }
 

@@ -38,11 +38,11 @@ from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.data.examples import IGNORED, Example
 from lora_alpaca.engine import Engine, Padded, Settings, fitted
 from lora_alpaca.engine.allocator import keep_large_buffers
-from lora_alpaca.engine.check import difference, loss_and_gradient
+from lora_alpaca.engine.equivalence import difference, loss_and_gradient
+from lora_alpaca.engine.packing import pack, packs
 from lora_alpaca.models import lora
 from lora_alpaca.models.base import load_base, locate_base
 from lora_alpaca.models.device import DeviceSpec
-from lora_alpaca.packing import pack, packs
 from lora_alpaca.ranks import Ranks
 from lora_alpaca.step import Learner
 

@@ -11,7 +11,7 @@ from conftest import ARCHITECTURES, LLAMA_SIZES
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.data.examples import IGNORED, Example
 from lora_alpaca.engine import Settings, fitted
-from lora_alpaca.engine.check import difference, loss_and_gradient
+from lora_alpaca.engine.equivalence import difference, loss_and_gradient
 from lora_alpaca.models import lora
 from lora_alpaca.models.base import Base
 

@@ -1,7 +1,7 @@
 import pytest
 
-from lora_alpaca.batching import micro_batches
 from lora_alpaca.data.sampler import rows_of_step, steps_per_epoch
+from lora_alpaca.engine.batches import micro_batches
 
 LENGTHS = [(n * 37) % 91 + 1 for n in range(103)]
 

@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from lora_alpaca.batching import pad
 from lora_alpaca.data.encoding import Encoded, Encoder
 from lora_alpaca.data.examples import IGNORED, Example
+from lora_alpaca.engine.batches import pad
 from lora_alpaca.errors import DataError
 from lora_alpaca.prompts import Conversation, Message, load_template, template_from_json
 

@@ -9,13 +9,13 @@ from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
 from engines import CPU, error, fit, make, reference, rows, settings
 
 from lora_alpaca.config import FinetuneConfig
-from lora_alpaca.engine import attention, check, fitted, parts
+from lora_alpaca.engine import attention, equivalence, fitted, patches
 from lora_alpaca.engine.loss import ScoredCrossEntropy, score, score_in_place
+from lora_alpaca.engine.packing import pack
 from lora_alpaca.errors import ModelError
 from lora_alpaca.models import lora
 from lora_alpaca.models.base import load_base, locate_base
 from lora_alpaca.models.device import DeviceSpec
-from lora_alpaca.packing import pack
 
 EXACT = 1e-5
 CASES = [  # every value of each factor meets every value of each other; `make exact` runs them all
@@ -79,9 +79,9 @@ def test_activations_are_recomputed_where_that_is_asked_for():
     with fit(model, settings(engine="packed", checked=True, token_budget=10_000), examples) as (engine, _):
         model.train()  # which is when the library recomputes
         calls.clear()
-        found = check.loss_and_gradient(engine, examples, nullcontext)
+        found = equivalence.loss_and_gradient(engine, examples, nullcontext)
     assert len(calls) == 2 * 2  # each of two layers, forward and once more for the backward
-    assert check.difference(found, expected) < EXACT
+    assert equivalence.difference(found, expected) < EXACT
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -99,9 +99,9 @@ def test_half_precision_differs_by_its_rounding(dtype, engine):
 
     chosen = settings(engine=engine, dtype=dtype)
     with fitted(model, chosen, examples, [1] * len(examples), autocast) as (fitted_engine, _):
-        found = check.loss_and_gradient(fitted_engine, examples, autocast)
+        found = equivalence.loss_and_gradient(fitted_engine, examples, autocast)
     assert fitted_engine.name == engine
-    assert 1e-5 < check.difference(found, expected) < 0.03
+    assert 1e-5 < equivalence.difference(found, expected) < 0.03
 
 
 # ----------------------------------------------------------------------------------------------- where packs do not fit
@@ -149,7 +149,7 @@ def test_a_resumed_run_does_not_check_again(monkeypatch):
 
 def test_a_packed_call_without_its_pack_is_an_error():
     model, packed = make("Llama").get_base_model(), pack(rows())
-    with parts.packed_attention(model), pytest.raises(RuntimeError, match="brings no pack"):
+    with patches.packed_attention(model), pytest.raises(RuntimeError, match="brings no pack"):
         model(input_ids=packed.input_ids, position_ids=packed.positions, use_cache=False)
 
 
@@ -158,7 +158,7 @@ def test_a_padded_call_within_packed_attention_is_what_it_always_is():
     ids, mask = torch.arange(24).view(2, 12), torch.ones(2, 12, dtype=torch.long)
     mask[1, 7:] = 0
     expected = model(input_ids=ids, attention_mask=mask).logits
-    with parts.packed_attention(model):
+    with patches.packed_attention(model):
         assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, expected)
         greedy = model.generate(ids[:1], max_new_tokens=5, do_sample=False)
     assert torch.equal(model.generate(ids[:1], max_new_tokens=5, do_sample=False), greedy)
@@ -195,9 +195,9 @@ def test_the_loss_and_its_gradient_are_those_of_torch(make_score, piece_bytes, m
 
 
 def test_a_head_that_does_more_keeps_its_work():
-    assert parts.has_plain_head(make("Llama").get_base_model())
-    assert not parts.has_plain_head(make("Granite").get_base_model())
-    assert not parts.has_plain_head(make("Gemma2").get_base_model())
+    assert patches.has_plain_head(make("Llama").get_base_model())
+    assert not patches.has_plain_head(make("Granite").get_base_model())
+    assert not patches.has_plain_head(make("Gemma2").get_base_model())
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -257,6 +257,6 @@ def test_a_quantised_base_computes_with_its_dequantised_weights(tiny_llama, bits
     assert copy_dequantised(model, plain) == 2 * 7  # layers x linear layers
     expected = reference(plain, examples)
     with fit(model, settings(engine=engine), examples) as (fitted_engine, _):
-        found = check.loss_and_gradient(fitted_engine, examples, nullcontext)
-    assert check.difference(found, expected) < 1e-3
+        found = equivalence.loss_and_gradient(fitted_engine, examples, nullcontext)
+    assert equivalence.difference(found, expected) < 1e-3
     assert not any("forward" in vars(part) for part in model.modules())  # our parts are out again

@@ -11,8 +11,8 @@ import torch
 from engines import CPU, error, fit, make, rows, settings
 
 from lora_alpaca.config import FinetuneConfig
-from lora_alpaca.engine import parts, pointwise
-from lora_alpaca.engine.frozen import FrozenLinear
+from lora_alpaca.engine import patches, pointwise
+from lora_alpaca.engine.int8_linear import Int8Linear
 from lora_alpaca.engine.loss import score_in_place
 from lora_alpaca.models.base import load_base, locate_base
 from lora_alpaca.models.device import DeviceSpec
@@ -85,7 +85,7 @@ def eager(**changes):
 
 def replaced(model, functions):
     """Return the kinds of modules that got another forward."""
-    with parts.put_in(model, torch.float32, functions):
+    with patches.patched(model, torch.float32, functions):
         return {type(module).__name__ for module in model.modules() if "forward" in vars(module)}
 
 
@@ -117,7 +117,7 @@ def test_a_layer_of_many_rows_is_scaled_as_one():
     x = torch.randn(2, 100, 8, requires_grad=True)
     by_y = torch.randn(24, 200).t().view(2, 100, 24)  # not contiguous
     kept = by_y.clone()
-    y = FrozenLinear.apply(x, weight, scale)
+    y = Int8Linear.apply(x, weight, scale)
     (by_x,) = torch.autograd.grad(y, x, by_y)
     dequantised = weight * scale[:, None]
     torch.testing.assert_close(y, x @ dequantised.t(), rtol=1e-5, atol=1e-3)

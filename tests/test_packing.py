@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_alpaca.data.examples import IGNORED, Example
-from lora_alpaca.packing import LEAST_SAVED, pack, packs
+from lora_alpaca.engine.packing import LEAST_SAVED, pack, packs
 
 PREAMBLE = list(range(100, 130))
 

@@ -224,7 +224,9 @@ def read_info(folder: Path) -> AdapterInfo:
             f"{folder}: this run was never finished; go on with it: python finetune.py --resume --output_dir {folder}"
         )
     hashes = (record.get("base_sha256"), record.get("adapter_sha256"))
-    return AdapterInfo(record["base_model"], record["base_revision"], prompt_contract.read(folder), *hashes, is_checkpoint)
+    return AdapterInfo(
+        record["base_model"], record["base_revision"], prompt_contract.read(folder), *hashes, is_checkpoint
+    )
 
 
 UNKNOWN_BASE = "warning: nothing records which base this adapter was trained on; only names and shapes are checked"

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from lora_alpaca.packing import PackedBatch
+from lora_alpaca.engine.packing import PackedBatch
 
 NAME = "packed"
 PLAIN = "sdpa"  # what a call without a pack gets

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from lora_alpaca.data.examples import Example
-from lora_alpaca.engine.paths import Engine
+from lora_alpaca.engine.batches import Engine
 
 TOLERANCES = {torch.float32: 1e-4}  # relative; what is not listed has the rounding of 16 bits in both
 ROUNDED = 0.1

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from lora_alpaca.models import quantization
 
 
-class FrozenLinear(torch.autograd.Function):
+class Int8Linear(torch.autograd.Function):
     """`x` [..., in] times int8 weights [out, in] whose rows have a scale [out]: [..., out].
 
     The scale of a row commutes with the product. On the outputs it is cheaper, and rounds less, than on the weights.
@@ -41,7 +41,7 @@ def _scale(y: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return y
 
 
-def frozen_forward(module: Any, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor] | None:
+def int8_forward(module: Any, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """Return a forward for an 8-bit layer that computes in `dtype`, or None for any other module."""
     stored = quantization.eight_bit_weight(module)
     if stored is None:
@@ -50,7 +50,7 @@ def frozen_forward(module: Any, dtype: torch.dtype) -> Callable[[torch.Tensor], 
     bias = None if module.bias is None else module.bias.to(dtype)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = FrozenLinear.apply(x.to(dtype), weight, scale)
+        y: torch.Tensor = Int8Linear.apply(x.to(dtype), weight, scale)
         return y if bias is None else y + bias
 
     return forward

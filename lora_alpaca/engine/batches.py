@@ -10,10 +10,9 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 
-from lora_alpaca.batching import micro_batches, pad
 from lora_alpaca.data.examples import IGNORED, Example
 from lora_alpaca.engine.loss import Score, ScoredCrossEntropy, cross_entropy
-from lora_alpaca.packing import pack, packs
+from lora_alpaca.engine.packing import pack, packs
 
 LEAST_BUDGET = 64  # tokens; packs of less hold single rows anyway
 
@@ -104,3 +103,30 @@ class Padded(Engine):
             following = F.pad(padded.pop("labels")[:, 1:], (0, 1), value=IGNORED).flatten()  # the next token's label
             places = (following != IGNORED).nonzero().squeeze(1)
             yield Batch(dict(padded), places, following[places], torch.ones(len(places), device=self.device))
+
+
+Batch = dict[str, torch.Tensor]
+
+
+def micro_batches(rows: Sequence[int], micro_batch_size: int, rank: int, world_size: int) -> list[list[int]]:
+    """Return this rank's rows of a step in micro-batches; ranks take turns, so that none has more than one row more."""
+    own = rows[rank::world_size]
+    return [list(own[start : start + micro_batch_size]) for start in range(0, len(own), micro_batch_size)]
+
+
+def pad(examples: Sequence[Example], pad_id: int, device: torch.device | str = "cpu") -> Batch:
+    """Return `input_ids`, `attention_mask` and `labels`, each int64 [rows, longest], padded on the right.
+
+    The mask comes from the lengths and the labels from the examples: whatever `pad_id` is, even the end token's,
+    it neither hides nor adds a label.
+    """
+    longest = max(len(example.input_ids) for example in examples)
+
+    def filled(rows: list[list[int]], value: int) -> torch.Tensor:
+        return torch.tensor([row + [value] * (longest - len(row)) for row in rows], device=device)
+
+    return {
+        "input_ids": filled([example.input_ids for example in examples], pad_id),
+        "attention_mask": filled([[1] * len(example.input_ids) for example in examples], 0),
+        "labels": filled([example.labels for example in examples], IGNORED),
+    }

@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 
 from lora_alpaca.engine import attention
-from lora_alpaca.engine.frozen import frozen_forward
+from lora_alpaca.engine.int8_linear import int8_forward
 from lora_alpaca.engine.pointwise import Pointwise
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
 @contextmanager
-def put_in(model: torch.nn.Module, dtype: torch.dtype, pointwise: Pointwise) -> Iterator[None]:
+def patched(model: torch.nn.Module, dtype: torch.dtype, pointwise: Pointwise) -> Iterator[None]:
     """Within this context, layers of a model compute with our parts, where these compute the same."""
     same: dict[Any, bool] = {}  # one probe serves all modules of a kind
     with ExitStack() as undo:
@@ -26,7 +26,7 @@ def put_in(model: torch.nn.Module, dtype: torch.dtype, pointwise: Pointwise) -> 
             if hasattr(module, "cast_input_dtype_enabled") and dtype != torch.float32:
                 # autocast casts the adapter's weights; PEFT would cast the activations up to them, and back
                 _set(undo, module, "cast_input_dtype_enabled", False)
-            if (ours := frozen_forward(module, dtype)) is not None:
+            if (ours := int8_forward(module, dtype)) is not None:
                 tolerance = 0.1  # bitsandbytes rounds activations to 8 bits, and we do not
             elif (ours := _norm(module, pointwise) or _gated_mlp(module, pointwise)) is not None:
                 tolerance = 1e-5 if dtype == torch.float32 else 3e-2
