@@ -35,6 +35,7 @@ from lora_alpaca.data.encoding import Encoder
 from lora_alpaca.data.examples import Examples
 from lora_alpaca.data.preparation import prepare
 from lora_alpaca.data.sampler import rows_of_step, steps_per_epoch
+from lora_alpaca.distributed.world import World
 from lora_alpaca.engine import Settings, fitted
 from lora_alpaca.models import lora
 from lora_alpaca.models.base import load_base, locate_base
@@ -42,7 +43,6 @@ from lora_alpaca.models.device import choose_device
 from lora_alpaca.models.lora import State
 from lora_alpaca.models.tokenizer import load_tokenizer
 from lora_alpaca.prompts import fitting_template
-from lora_alpaca.ranks import Ranks
 from lora_alpaca.step import Learner
 
 SEEDS = (42, 1, 2)
@@ -207,7 +207,7 @@ class _Taken(transformers.TrainerCallback):
 
 def losses(task: Task, config: FinetuneConfig, states: States) -> Curve:
     """Return the validation loss of adapters by step, each put on one base and measured by our own validation."""
-    with Ranks(config) as ranks:
+    with World(config) as ranks:
         base = locate_base(config.base_model)
         model = lora.attach(load_base(base, ranks.spec), config, base)
         settings = Settings("packed", ranks.device, ranks.spec.dtype, planning.CPU_TOKENS, True, 1, 0)

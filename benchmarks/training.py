@@ -36,6 +36,7 @@ from results_file import write
 
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.data.examples import IGNORED, Example
+from lora_alpaca.distributed.world import World
 from lora_alpaca.engine import Engine, Padded, Settings, fitted
 from lora_alpaca.engine.allocator import keep_large_buffers
 from lora_alpaca.engine.equivalence import difference, loss_and_gradient
@@ -43,7 +44,6 @@ from lora_alpaca.engine.packing import pack, packs
 from lora_alpaca.models import lora
 from lora_alpaca.models.base import load_base, locate_base
 from lora_alpaca.models.device import DeviceSpec
-from lora_alpaca.ranks import Ranks
 from lora_alpaca.step import Learner
 
 BUDGET, VOCABULARY = 2048, 32_000
@@ -88,7 +88,7 @@ ALONE = ("alpaca-lora recipe, 8-bit", "Trainer, unquantised", "TRL packing, unqu
 class Bench:
     """The variants on one model, shape and set of options; every base is loaded once, when it is first needed."""
 
-    def __init__(self, folder: Path, ranks: Ranks, examples: list[Example], dropout: float, as_shipped: bool = False):
+    def __init__(self, folder: Path, ranks: World, examples: list[Example], dropout: float, as_shipped: bool = False):
         self.folder, self.ranks, self.examples = folder, ranks, examples
         self.dropout, self.as_shipped = dropout, as_shipped
         self.dtype = ranks.spec.dtype
@@ -299,7 +299,7 @@ def main() -> None:
     if asked.quick:
         asked.width, asked.layers, asked.shape, asked.rounds = 512, 8, ["short"], 3
 
-    with Ranks(config) as ranks, tempfile.TemporaryDirectory() as temporary:
+    with World(config) as ranks, tempfile.TemporaryDirectory() as temporary:
         folder, precision = Path(asked.folder or temporary), PRECISIONS[ranks.spec.dtype]
         if asked.alone:
             examples = rows(asked.shape[0], asked.upstream)

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 
 from lora_alpaca.data.examples import Example
+from lora_alpaca.distributed.world import World
 from lora_alpaca.engine import Engine
 from lora_alpaca.errors import TrainingError
 from lora_alpaca.models import memory
 from lora_alpaca.models.lora import State, trainable_parameters
-from lora_alpaca.ranks import Ranks
 
 LESS = "lower --token_budget or --cutoff_len (with --engine padded, --micro_batch_size)"
 
@@ -39,7 +39,7 @@ class Step:
 class Learner:
     """The trainable parameters of a model and the optimizer that moves them, on one rank of many."""
 
-    def __init__(self, engine: Engine, ranks: Ranks, weight_decay: float, max_norm: float, shrinks: bool = False):
+    def __init__(self, engine: Engine, ranks: World, weight_decay: float, max_norm: float, shrinks: bool = False):
         self.engine = engine
         self.model = engine.model
         self.ranks = ranks

@@ -17,6 +17,7 @@ from lora_alpaca.data import Rows, cache, preparation
 from lora_alpaca.data.encoding import Encoder
 from lora_alpaca.data.preparation import Prepared
 from lora_alpaca.data.tokenization import hash_tokenizer
+from lora_alpaca.distributed.world import World
 from lora_alpaca.engine import Settings, fitted
 from lora_alpaca.errors import DataError, TrainingError
 from lora_alpaca.loop import Loop, Progress
@@ -26,7 +27,6 @@ from lora_alpaca.models.fingerprint import hash_base
 from lora_alpaca.models.tokenizer import load_tokenizer
 from lora_alpaca.planning import Plan
 from lora_alpaca.prompts import AnyTemplate, fitting_template, load_template
-from lora_alpaca.ranks import Ranks
 from lora_alpaca.reports import minutes
 from lora_alpaca.signals import Interrupted, Stop
 from lora_alpaca.step import Learner
@@ -44,7 +44,7 @@ def finetune(config: FinetuneConfig, rows: Rows | None = None) -> RunResult:
     Raises the children of LoraAlpacaError, and those about options, folders and data before a model is loaded.
     """
     stop = Stop()
-    with stop.watching(), Ranks(config, stop) as ranks, ExitStack() as until_trained:
+    with stop.watching(), World(config, stop) as ranks, ExitStack() as until_trained:
         say = ranks.reporter.say
         output_dir = user_path(config.output_dir)
         if config.resume and output_folder.read_record(output_dir).get("status") == "finished":
@@ -180,7 +180,7 @@ def _save(adapter: Adapter, run: RunResult) -> None:
 
 
 def _prepare(
-    config: FinetuneConfig, rows: Rows, held_out: set[int], tokenizer: Any, template: AnyTemplate, ranks: Ranks
+    config: FinetuneConfig, rows: Rows, held_out: set[int], tokenizer: Any, template: AnyTemplate, ranks: World
 ) -> Prepared:
     """Return the examples: from the cache, or made by the first process of each machine while the others wait."""
     encoder = Encoder(

@@ -25,9 +25,10 @@ from faults.scene import Scene
 from faults.signals import judge_end, judge_resumed, too_long, twice
 
 from lora_alpaca import FinetuneConfig, signals
+from lora_alpaca.distributed.heartbeat import ANOTHER, STOPPED, Heartbeat
+from lora_alpaca.distributed.rendezvous import rendezvous
+from lora_alpaca.distributed.world import World
 from lora_alpaca.errors import ConfigError, RankError
-from lora_alpaca.peers import ANOTHER, STOPPED, Peers, group_of_this_run
-from lora_alpaca.ranks import Ranks
 from lora_alpaca.signals import Interrupted, StepAbandoned, Stop
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are copies of this process")
@@ -188,7 +189,7 @@ def test_signals_are_as_before_afterwards():
 def test_ranks_look_at_the_stop_they_are_given(tmp_path):
     """One that nothing has asked yet is false."""
     stop = Stop()
-    with Ranks(FinetuneConfig(device="cpu", output_dir=str(tmp_path)), stop) as ranks:
+    with World(FinetuneConfig(device="cpu", output_dir=str(tmp_path)), stop) as ranks:
         assert ranks.stop is stop
 
 
@@ -197,7 +198,7 @@ def test_a_rank_whose_peers_the_same_signal_stopped_is_stopped_too(tmp_path, ask
     """They left a moment before; without a signal of its own, the others are what ended it."""
     stop = Stop()
     stop.asked = asked
-    with pytest.raises(raised, match="step 3 of 9 is saved"), Ranks(FinetuneConfig(device="cpu"), stop) as ranks:
+    with pytest.raises(raised, match="step 3 of 9 is saved"), World(FinetuneConfig(device="cpu"), stop) as ranks:
         ranks._peers = SimpleNamespace(close=lambda: None, say=lambda cause: None)
         raise RankError(1, f"{STOPPED}SIGTERM", "step 3 of 9 is saved")
 
@@ -239,10 +240,10 @@ def pair(monkeypatch, free_port):
     store = torch.distributed.TCPStore("127.0.0.1", free_port, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(free_port))
-    monkeypatch.setattr("lora_alpaca.peers.SILENT", 1.5)
+    monkeypatch.setattr("lora_alpaca.distributed.heartbeat.TIMEOUT", 1.5)
     told = []
     monkeypatch.setattr("lora_alpaca.peers.os.kill", lambda pid, number: told.append(number))
-    ranks = [Peers(rank, 2) for rank in (0, 1)]
+    ranks = [Heartbeat(rank, 2) for rank in (0, 1)]
     ranks[0].told = told
     yield ranks
     for rank in ranks:
@@ -257,7 +258,7 @@ def alone(monkeypatch, free_port):
     def launch(rank):
         launched(monkeypatch, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port), RANK=rank)
 
-    monkeypatch.setattr("lora_alpaca.peers._stores", [])
+    monkeypatch.setattr("lora_alpaca.distributed.rendezvous._stores", [])
     return launch
 
 
@@ -265,7 +266,7 @@ def alone(monkeypatch, free_port):
 def test_a_rank_that_does_not_come_is_named(alone, rank, other):
     alone(rank)
     with pytest.raises(RankError, match=f"rank {other} failed: it did not come: the others waited for it"):
-        group_of_this_run(timedelta(seconds=0.1))
+        rendezvous(timedelta(seconds=0.1))
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
@@ -275,7 +276,7 @@ def test_who_waits_for_the_others_hears_signals(alone, rank):
     timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
     with Stop().watching(), pytest.raises(Interrupted):
         timer.start()
-        group_of_this_run(timedelta(seconds=60))
+        rendezvous(timedelta(seconds=60))
 
 
 def test_a_port_that_is_taken(alone):
@@ -284,7 +285,7 @@ def test_a_port_that_is_taken(alone):
         taken.bind(("", int(os.environ["MASTER_PORT"])))
         taken.listen()
         with pytest.raises(ConfigError, match="the port of the variable MASTER_PORT cannot be opened"):
-            group_of_this_run(timedelta(seconds=5))
+            rendezvous(timedelta(seconds=5))
 
 
 def test_nobody_is_gone_while_all_give_signs_of_life(pair):

@@ -13,13 +13,13 @@ from transformers import AutoTokenizer
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.data.encoding import Encoder
 from lora_alpaca.data.examples import Example
+from lora_alpaca.distributed.world import World
 from lora_alpaca.engine import Padded, Settings, fitted
 from lora_alpaca.errors import TrainingError
 from lora_alpaca.models import lora
 from lora_alpaca.models.base import load_base, locate_base
 from lora_alpaca.models.device import choose_device
 from lora_alpaca.prompts import load_template
-from lora_alpaca.ranks import Ranks
 from lora_alpaca.step import Learner
 
 OPTIONS = {"load_8bit": False, "dtype": "fp32", "device": "cpu", "lora_dropout": 0.0}
@@ -55,7 +55,7 @@ def gradients(folder, rows, micro_batch_size, token_budget=None, **options):
     config = FinetuneConfig(**OPTIONS | options)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     examples = [row.example() for row in Encoder(tokenizer, load_template("alpaca_short"), 128).encode(rows)]
-    with Ranks(config) as ranks:
+    with World(config) as ranks:
         assert ranks.agree("the same on every rank")
         assert ranks.agree(str(ranks.rank)) == (ranks.world_size == 1)
         model = with_adapter(folder, ranks.spec, **options)
@@ -126,7 +126,7 @@ def test_two_ranks_give_the_gradient_of_one(tiny_llama, rows, tmp_path, token_bu
 
 def test_a_loss_that_is_not_finite_moves_nothing(tiny_llama, rows):
     config = FinetuneConfig(**OPTIONS)
-    with Ranks(config) as ranks:
+    with World(config) as ranks:
         model = with_adapter(tiny_llama, ranks.spec)
         learner = Learner(padded(model, 2), ranks, weight_decay=0.0, max_norm=1.0)
         before = lora.state(model)
@@ -142,7 +142,7 @@ def test_the_validation_loss_does_not_depend_on_the_micro_batch(tiny_llama, rows
     config = FinetuneConfig(**OPTIONS)
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     examples = [row.example() for row in Encoder(tokenizer, load_template("alpaca_short"), 128).encode(rows[:9])]
-    with Ranks(config) as ranks:
+    with World(config) as ranks:
         model = with_adapter(tiny_llama, ranks.spec)
         losses = [Learner(padded(model, size), ranks, 0.0, 1.0).evaluate(examples) for size in (1, 4, 9)]
         with packed(model, 100) as (engine, _):
@@ -152,7 +152,7 @@ def test_the_validation_loss_does_not_depend_on_the_micro_batch(tiny_llama, rows
 
 def test_optimizer_state_comes_back(tiny_llama, rows):
     config = FinetuneConfig(**OPTIONS)
-    with Ranks(config) as ranks:
+    with World(config) as ranks:
         model = with_adapter(tiny_llama, ranks.spec)
         learner = Learner(padded(model, 2), ranks, weight_decay=0.0, max_norm=1.0)
         learner.step([Example([1, 5, 6], [-100, 5, 6])], 1e-3)

@@ -287,7 +287,7 @@ def test_the_learning_rate_rises_and_falls():
 
 def test_processes_that_read_different_rows_are_stopped(options, monkeypatch):
     """A file that is written while the processes of a run start one after the other."""
-    monkeypatch.setattr("lora_alpaca.ranks.Ranks.agree", lambda self, value: False)
+    monkeypatch.setattr("lora_alpaca.distributed.world.World.agree", lambda self, value: False)
     with pytest.raises(DataError, match="the processes read different rows"):
         finetune(FinetuneConfig(**options))
 

@@ -16,9 +16,9 @@ import torch
 from faults.report import Report, chosen
 from faults.scene import Ended, Scene, losses, same, steps, tensors
 from lora_alpaca.artifacts import checkpoint
+from lora_alpaca.distributed.world import World
 from lora_alpaca.engine import Engine, Packed
 from lora_alpaca.loop import MOST_OVERFLOWS, MOST_SKIPPED, Loop
-from lora_alpaca.ranks import Ranks
 from lora_alpaca.step import Learner
 
 STEPS = 5
@@ -81,13 +81,13 @@ def put_in(kind: str, value: float, numbers: set[int]) -> Callable[[], None]:
 
     def gradient(learner: Learner) -> Callable[[], None]:
         def changed(own: Any) -> Any:
-            def backward(ranks: Ranks, part: torch.Tensor) -> None:
+            def backward(ranks: World, part: torch.Tensor) -> None:
                 own(ranks, part)
                 learner.parameters[0].grad.view(-1)[0] = value  # type: ignore[union-attr]
 
             return backward
 
-        return patched(Ranks, "backward", changed)
+        return patched(World, "backward", changed)
 
     def weight(parameter: torch.Tensor) -> Callable[[], None]:
         flat = parameter.data.view(-1)
@@ -160,13 +160,13 @@ def overflowing(numbers: set[int]) -> Callable[[], None]:
     """Return what gives the run of this process a scaler that overflows in some steps."""
 
     def begin() -> None:
-        own = Ranks.__init__
+        own = World.__init__
 
-        def init(ranks: Ranks, *more: Any) -> None:
+        def init(ranks: World, *more: Any) -> None:
             own(ranks, *more)
             ranks.scaler = Scaler(numbers)
 
-        Ranks.__init__ = init  # type: ignore[method-assign]
+        World.__init__ = init  # type: ignore[method-assign]
 
     return begin
 

@@ -17,28 +17,29 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
 
 from lora_alpaca.config import FinetuneConfig
+from lora_alpaca.distributed.heartbeat import ANOTHER, STOPPED, Heartbeat
+from lora_alpaca.distributed.rendezvous import rendezvous
 from lora_alpaca.errors import RankError
 from lora_alpaca.models.device import choose_device, pick_device
-from lora_alpaca.peers import ANOTHER, STOPPED, Peers, group_of_this_run
 from lora_alpaca.reports import Reporter, usable_tracker
 from lora_alpaca.signals import Interrupted, Stop
 
 Result = TypeVar("Result")
 
 
-class Ranks:
+class World:
     """This process among `world_size`, as a context that leaves no process group behind."""
 
     def __init__(self, config: FinetuneConfig, stop: Stop | None = None):
         self.stop = Stop() if stop is None else stop  # one that nothing has asked yet is false
         device = pick_device(config.device)
-        group = group_of_this_run(timedelta(seconds=config.rank_timeout))
+        group = rendezvous(timedelta(seconds=config.rank_timeout))
         processes = PartialState(cpu=device.type == "cpu", **group)
         self.rank: int = processes.process_index
         self.world_size: int = processes.num_processes
         self.first = self.rank == 0
         self._seed = 0
-        self._peers = Peers(self.rank, self.world_size, self.stop.hurry) if self.world_size > 1 else None
+        self._peers = Heartbeat(self.rank, self.world_size, self.stop.hurry) if self.world_size > 1 else None
         self.reporter = Reporter(quiet=not self.first)
         self.spec, said = choose_device(config, processes.device, default_bits=8)
         tracker, trouble = usable_tracker("wandb" if config.wandb_project else config.report_to)
@@ -53,7 +54,7 @@ class Ranks:
         self.device: torch.device = self._accelerator.device
         self.scaler: Any = self._accelerator.scaler  # of fp16 on CUDA; None otherwise
 
-    def __enter__(self) -> "Ranks":
+    def __enter__(self) -> "World":
         return self
 
     def __exit__(
