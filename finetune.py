@@ -2,7 +2,7 @@
 
 import sys
 
-from lora_alpaca.cli import main
+from lora_alpaca.cli.verbs import main
 
 if __name__ == "__main__":
     main(["finetune", *sys.argv[1:]])

@@ -28,7 +28,7 @@ import torch
 import transformers
 from results_file import write
 
-from lora_alpaca import FinetuneConfig, data, finetune, planning
+from lora_alpaca import FinetuneConfig, data, finetune
 from lora_alpaca.artifacts import adapter_folder, checkpoint
 from lora_alpaca.data import Rows, demo_file
 from lora_alpaca.data.encoding import Encoder
@@ -42,8 +42,9 @@ from lora_alpaca.models.base import load_base, locate_base
 from lora_alpaca.models.device import choose_device
 from lora_alpaca.models.lora import State
 from lora_alpaca.models.tokenizer import load_tokenizer
+from lora_alpaca.planning.plan import CPU_TOKENS, resolve
 from lora_alpaca.prompts import fitting_template
-from lora_alpaca.step import Learner
+from lora_alpaca.training.step import Stepper
 
 SEEDS = (42, 1, 2)
 HELD_OUT = 100  # rows
@@ -76,7 +77,7 @@ class Task:
             **OPTIONS, **RECIPES[self.name], "data_path": str(self.train_file), "seed": seed,
             "output_dir": str(self.folder / f"ours-{seed}"), "save_total_limit": 2 * POINTS,
         }  # fmt: skip
-        total = planning.resolve(FinetuneConfig(**options), len(self.train), 1).total_steps
+        total = resolve(FinetuneConfig(**options), len(self.train), 1).total_steps
         every = max(1, total // POINTS)
         return FinetuneConfig(**options, save_steps=every, logging_steps=every)
 
@@ -125,7 +126,7 @@ def ours(config: FinetuneConfig) -> tuple[States, Curve]:
 
 def recipe(task: Task, config: FinetuneConfig, first: State) -> tuple[States, Curve]:
     """Train by the alpaca-lora recipe; return its adapters, and the training losses between them."""
-    plan = planning.resolve(config, len(task.train), 1)
+    plan = resolve(config, len(task.train), 1)
     base, spec = locate_base(config.base_model), choose_device(config)[0]
     model = lora.attach(rivals.prepared(load_base(base, spec), "alpaca-lora"), config, base)
     lora.set_state(model, first, "the first adapter")
@@ -210,9 +211,9 @@ def losses(task: Task, config: FinetuneConfig, states: States) -> Curve:
     with World(config) as ranks:
         base = locate_base(config.base_model)
         model = lora.attach(load_base(base, ranks.spec), config, base)
-        settings = Settings("packed", ranks.device, ranks.spec.dtype, planning.CPU_TOKENS, True, 1, 0)
+        settings = Settings("packed", ranks.device, ranks.spec.dtype, CPU_TOKENS, True, 1, 0)
         with fitted(model, settings, task.validation, task.validation.lengths, ranks.autocast) as (engine, _):
-            learner = Learner(engine, ranks, config.weight_decay, config.max_grad_norm)
+            learner = Stepper(engine, ranks, config.weight_decay, config.max_grad_norm)
             found = {}
             for step in sorted(states):
                 lora.set_state(model, states[step], f"step {step}")

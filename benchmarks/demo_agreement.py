@@ -21,7 +21,7 @@ from lora_alpaca import GenerateConfig, Generator
 from lora_alpaca.artifacts import run_record
 from lora_alpaca.data import Rows, demo_file
 from lora_alpaca.demo.__main__ import exact_match
-from lora_alpaca.reports import minutes
+from lora_alpaca.training.progress import minutes
 
 ROOT = Path(__file__).parent.parent
 SEEDS = (42, 1, 2)

@@ -44,7 +44,7 @@ from lora_alpaca.engine.packing import pack, packs
 from lora_alpaca.models import lora
 from lora_alpaca.models.base import load_base, locate_base
 from lora_alpaca.models.device import DeviceSpec
-from lora_alpaca.step import Learner
+from lora_alpaca.training.step import Stepper
 
 BUDGET, VOCABULARY = 2048, 32_000
 SHAPES = {  # rows: number of them, median and spread of the answers' lengths
@@ -140,7 +140,7 @@ class Bench:
 
     def _ours(self, bits: int, changes: dict[str, Any]) -> tuple[float, float | None]:
         with self.fitted(self.model(bits), **changes) as (engine, _):
-            learner = Learner(engine, self.ranks, weight_decay=0.0, max_norm=1.0)
+            learner = Stepper(engine, self.ranks, weight_decay=0.0, max_norm=1.0)
             state = lora.state(engine.model)
             begun = rivals.clock()
             step = learner.step(self.examples, 3e-4)

@@ -31,15 +31,15 @@ _HOMES = {
     "FinetuneConfig": "config",
     "FolderError": "errors",
     "GenerateConfig": "config",
-    "Generator": "generation",
+    "Generator": "inference.generator",
     "LoraAlpacaError": "errors",
     "ModelError": "errors",
     "RankError": "errors",
-    "Run": "records",
+    "RunResult": "artifacts.run_record",
     "Template": "prompts",
     "TemplateError": "errors",
     "TrainingError": "errors",
-    "export_hf": "exporting",
+    "export_hf": "export.huggingface",
     "finetune": "training",
     "load_template": "prompts",
 }
@@ -63,8 +63,8 @@ if TYPE_CHECKING:
         TemplateError,
         TrainingError,
     )
-    from lora_alpaca.exporting import export_hf
-    from lora_alpaca.generation import Generator
+    from lora_alpaca.export.huggingface import export_hf
+    from lora_alpaca.inference.generator import Generator
     from lora_alpaca.prompts import Template, load_template
     from lora_alpaca.training import finetune
 

@@ -4,7 +4,7 @@ import contextlib
 import io
 from typing import NamedTuple
 
-from lora_alpaca.cli import main
+from lora_alpaca.cli.verbs import main
 
 
 class Result(NamedTuple):

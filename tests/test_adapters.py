@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from lora_alpaca import FinetuneConfig, finetune
 from lora_alpaca.artifacts import adapter_folder
 from lora_alpaca.config import ConvertConfig
-from lora_alpaca.converting import convert_adapter
 from lora_alpaca.errors import AdapterError
+from lora_alpaca.export.convert_adapter import convert_adapter
 from lora_alpaca.models import base, lora
 from lora_alpaca.models.base import load_base, locate_base
 from lora_alpaca.models.device import DeviceSpec

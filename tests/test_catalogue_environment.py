@@ -23,7 +23,7 @@ from lora_alpaca.models import base
 from lora_alpaca.models.base import load_base, locate_base
 from lora_alpaca.models.device import DeviceSpec, choose_device
 from lora_alpaca.models.meta import memory_bytes, meta_model
-from lora_alpaca.reports import usable_tracker
+from lora_alpaca.training.trackers import usable_tracker
 
 pytestmark = pytest.mark.usefixtures("here")  # an empty folder, where nothing may be written and no model loaded
 

@@ -10,7 +10,7 @@ import pytest
 from catalogue import SHORT, cases, entry, launched, line_of
 from command import run
 
-from lora_alpaca.cli import parse
+from lora_alpaca.cli.flags import parse
 from lora_alpaca.config import FinetuneConfig, GenerateConfig
 
 pytestmark = pytest.mark.usefixtures("here")  # an empty folder, where nothing may be written and no model loaded

@@ -16,8 +16,8 @@ from command import run
 from conftest import as_row
 from safetensors.torch import load_file, save_file
 
-from lora_alpaca import exporting
 from lora_alpaca.artifacts import checkpoint
+from lora_alpaca.export.huggingface import shutil
 from lora_alpaca.storage import atomic
 
 pytestmark = pytest.mark.usefixtures("here")  # an empty folder, where nothing may be written and no model loaded
@@ -372,7 +372,7 @@ def test_an_export_onto_a_disk_that_is_too_small(number, adapter, monkeypatch):
     class Full:
         free = 10_000
 
-    monkeypatch.setattr(exporting.shutil, "disk_usage", lambda path: Full)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Full)
     line = line_of("export", "--lora_weights", adapter, "--output_dir", "out")
     assert line.startswith("error: --output_dir out: the merged model takes 0.001 GB, and 0.000 GB are free on that")
 

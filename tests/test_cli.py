@@ -4,7 +4,8 @@ import sys
 import pytest
 from command import refused, run
 
-from lora_alpaca.cli import help_text, parse
+from lora_alpaca.cli.flags import parse
+from lora_alpaca.cli.help import help_text
 from lora_alpaca.config import ExportConfig, FinetuneConfig, GenerateConfig
 from lora_alpaca.errors import ConfigError
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 from command import refused, run
 
-from lora_alpaca import data, planning
+from lora_alpaca import data
 from lora_alpaca.config import FinetuneConfig, GenerateConfig
 from lora_alpaca.models import base
 from lora_alpaca.models.base import Path, demo_base
 from lora_alpaca.models.device import choose_device
+from lora_alpaca.planning.plan import resolve
 from lora_alpaca.storage import atomic, output_folder
 
 SHORT = ["--max_steps", "1", "--batch_size", "2", "--val_set_size", "2", "--cutoff_len", "96"]
@@ -303,9 +304,9 @@ def test_the_optimizer():
     config = FinetuneConfig()
     assert (config.lr_scheduler, config.max_grad_norm, config.weight_decay) == ("linear", 1.0, 0.0)
     assert (config.save_total_limit, config.batch_size, config.learning_rate) == (3, 128, 3e-4)
-    plan = planning.resolve(config, rows=999, world_size=1)
+    plan = resolve(config, rows=999, world_size=1)
     assert (plan.total_steps, plan.warmup_steps, plan.eval_steps, plan.save_steps) == (24, 3, 6, 200)
-    assert planning.resolve(config, rows=52_000, world_size=1).warmup_steps == 100
+    assert resolve(config, rows=52_000, world_size=1).warmup_steps == 100
 
 
 def test_what_is_optimised_and_how(train, monkeypatch):

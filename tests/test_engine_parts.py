@@ -16,7 +16,7 @@ from lora_alpaca.engine.int8_linear import Int8Linear
 from lora_alpaca.engine.loss import score_in_place
 from lora_alpaca.models.base import load_base, locate_base
 from lora_alpaca.models.device import DeviceSpec
-from lora_alpaca.planning import Plan, resolve_engine
+from lora_alpaca.planning.plan import Plan, resolve_engine
 
 
 def in_a_process_of_its_own(program, tmp_path, **variables):

@@ -20,7 +20,7 @@ from lora_alpaca.models import lora
 from lora_alpaca.models.base import load_base, locate_base
 from lora_alpaca.models.device import choose_device
 from lora_alpaca.prompts import load_template
-from lora_alpaca.step import Learner
+from lora_alpaca.training.step import Stepper
 
 OPTIONS = {"load_8bit": False, "dtype": "fp32", "device": "cpu", "lora_dropout": 0.0}
 
@@ -61,7 +61,7 @@ def gradients(folder, rows, micro_batch_size, token_budget=None, **options):
         model = with_adapter(folder, ranks.spec, **options)
         context = packed(model, token_budget) if token_budget else nullcontext((padded(model, micro_batch_size), []))
         with context as (engine, _):
-            learner, kept = Learner(engine, ranks, weight_decay=0.0, max_norm=0.0), []
+            learner, kept = Stepper(engine, ranks, weight_decay=0.0, max_norm=0.0), []
             learner.optimizer.step = lambda: kept.extend(p.grad.flatten().clone() for p in learner.parameters)
             step = learner.step(examples, 0.0)
     return torch.cat(kept), step.loss
@@ -128,7 +128,7 @@ def test_a_loss_that_is_not_finite_moves_nothing(tiny_llama, rows):
     config = FinetuneConfig(**OPTIONS)
     with World(config) as ranks:
         model = with_adapter(tiny_llama, ranks.spec)
-        learner = Learner(padded(model, 2), ranks, weight_decay=0.0, max_norm=1.0)
+        learner = Stepper(padded(model, 2), ranks, weight_decay=0.0, max_norm=1.0)
         before = lora.state(model)
         model.get_output_embeddings().weight.data[0] = float("nan")
         assert not learner.step([Example([1, 5, 6], [-100, 5, 6])], 1e-3).finite
@@ -144,9 +144,9 @@ def test_the_validation_loss_does_not_depend_on_the_micro_batch(tiny_llama, rows
     examples = [row.example() for row in Encoder(tokenizer, load_template("alpaca_short"), 128).encode(rows[:9])]
     with World(config) as ranks:
         model = with_adapter(tiny_llama, ranks.spec)
-        losses = [Learner(padded(model, size), ranks, 0.0, 1.0).evaluate(examples) for size in (1, 4, 9)]
+        losses = [Stepper(padded(model, size), ranks, 0.0, 1.0).evaluate(examples) for size in (1, 4, 9)]
         with packed(model, 100) as (engine, _):
-            losses.append(Learner(engine, ranks, 0.0, 1.0).evaluate(examples))
+            losses.append(Stepper(engine, ranks, 0.0, 1.0).evaluate(examples))
     assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
 
 
@@ -154,10 +154,10 @@ def test_optimizer_state_comes_back(tiny_llama, rows):
     config = FinetuneConfig(**OPTIONS)
     with World(config) as ranks:
         model = with_adapter(tiny_llama, ranks.spec)
-        learner = Learner(padded(model, 2), ranks, weight_decay=0.0, max_norm=1.0)
+        learner = Stepper(padded(model, 2), ranks, weight_decay=0.0, max_norm=1.0)
         learner.step([Example([1, 5, 6], [-100, 5, 6])], 1e-3)
         state = learner.optimizer_state()
-        again = Learner(padded(model, 2), ranks, weight_decay=0.0, max_norm=1.0)
+        again = Stepper(padded(model, 2), ranks, weight_decay=0.0, max_norm=1.0)
         again.load_optimizer_state(state)
     assert state
     assert all(torch.equal(state[name], again.optimizer_state()[name]) for name in state)

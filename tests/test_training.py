@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from lora_alpaca import FinetuneConfig, finetune
 from lora_alpaca.errors import AdapterError, CheckpointError, ConfigError, DataError, ModelError
-from lora_alpaca.planning import Plan
+from lora_alpaca.planning.plan import Plan
 from lora_alpaca.storage import atomic, output_folder
 
 

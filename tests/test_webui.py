@@ -16,9 +16,9 @@ import pytest
 
 gr = pytest.importorskip("gradio")
 
-from lora_alpaca import webui
 from lora_alpaca.config import GenerateConfig  # noqa: E402
 from lora_alpaca.errors import ConfigError  # noqa: E402
+from lora_alpaca.inference import web_page
 from lora_alpaca.models.base import demo_base  # noqa: E402
 
 SAMPLING = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "num_beams": 2, "max_new_tokens": 33}
@@ -63,7 +63,7 @@ class FakeGenerator:
 
 
 def build(generator: Any, **options: Any) -> Any:
-    return webui.build(generator, GenerateConfig(**options))
+    return web_page.build(generator, GenerateConfig(**options))
 
 
 def function(page: Any, name: str) -> Any:
@@ -105,12 +105,12 @@ def test_event_takes_the_controls_in_their_order() -> None:
     labels = ["Instruction", "Input", "Stream output", "Temperature", "Top p", "Top k", "Beams", "Max tokens"]
     assert [block.label for block in event.inputs] == labels
     assert [block.label for block in event.outputs] == ["Output"]
-    assert set(SAMPLING) == set(webui.SLIDERS)
+    assert set(SAMPLING) == set(web_page.SLIDERS)
 
 
 def test_controls_start_at_the_config() -> None:
     shown = components(build(FakeGenerator(), **SAMPLING))
-    assert [shown[label].value for label, *_ in webui.SLIDERS.values()] == list(SAMPLING.values())
+    assert [shown[label].value for label, *_ in web_page.SLIDERS.values()] == list(SAMPLING.values())
     assert shown["Stream output"].value is True
 
 
@@ -192,7 +192,7 @@ def test_output_is_text_and_names_are_escaped() -> None:
 
 def test_head_names_what_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def described(**options: Any) -> str:
-        return webui._described(generator, GenerateConfig(**options)).removesuffix(". What it says may be wrong.")
+        return web_page._described(generator, GenerateConfig(**options)).removesuffix(". What it says may be wrong.")
 
     monkeypatch.chdir(tmp_path)
     generator: Any = FakeGenerator()
@@ -208,11 +208,11 @@ def test_head_names_what_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_analytics_are_off_and_fonts_are_the_systems(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "True")
-    importlib.reload(webui)
+    importlib.reload(web_page)
     assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
     assert build(FakeGenerator()).analytics_enabled is False
-    assert webui.THEME.font == "system-ui, sans-serif"
-    assert webui.THEME.font_mono == "ui-monospace, monospace"
+    assert web_page.THEME.font == "system-ui, sans-serif"
+    assert web_page.THEME.font_mono == "ui-monospace, monospace"
 
 
 # ---------------------------------------------------------------------------------------------------------- serving
@@ -224,14 +224,14 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     told: dict[str, Any] = {}
     monkeypatch.setattr(gr.Blocks, "launch", lambda page, **options: told.update(options, page=page))
     monkeypatch.setattr(gr.Blocks, "close", lambda page, **options: told.update(closed=True))
-    monkeypatch.setattr(webui, "Event", lambda: SimpleNamespace(wait=lambda: None))
+    monkeypatch.setattr(web_page, "Event", lambda: SimpleNamespace(wait=lambda: None))
     monkeypatch.setenv("no_proxy", "intranet")
     return told
 
 
 def launch(**options: Any) -> None:
     generator: Any = FakeGenerator("yes")
-    webui.launch(generator, GenerateConfig(**options))
+    web_page.launch(generator, GenerateConfig(**options))
 
 
 def test_launch_is_private_by_default(
@@ -265,9 +265,9 @@ def test_port_in_use_is_one_line_and_the_next_one_is_found(free_port: int, monke
     with socket.create_server(("127.0.0.1", free_port)):
         with pytest.raises(ConfigError, match=f"--server_port: {free_port} is in use; name another one"):
             launch(server_port=free_port)
-        monkeypatch.setattr(webui, "PORTS", range(free_port, free_port + 20))
-        assert webui._address("127.0.0.1", None)[0] > free_port
-        monkeypatch.setattr(webui, "PORTS", range(free_port, free_port + 1))
+        monkeypatch.setattr(web_page, "PORTS", range(free_port, free_port + 20))
+        assert web_page._address("127.0.0.1", None)[0] > free_port
+        monkeypatch.setattr(web_page, "PORTS", range(free_port, free_port + 1))
         with pytest.raises(ConfigError, match=f"{free_port} to {free_port} are in use"):
             launch()
 
@@ -322,7 +322,7 @@ def test_the_page_is_served_and_closed(host: str, free_port: int, monkeypatch: p
             urllib.request.urlopen(url + "monitoring/summary")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(webui, "Event", lambda: SimpleNamespace(wait=interrupted))
+    monkeypatch.setattr(web_page, "Event", lambda: SimpleNamespace(wait=interrupted))
     monkeypatch.setenv("no_proxy", "*")
     with pytest.raises(KeyboardInterrupt):
         launch(server_name=host, server_port=free_port)

@@ -21,8 +21,9 @@ from lora_alpaca.distributed.heartbeat import ANOTHER, STOPPED, Heartbeat
 from lora_alpaca.distributed.rendezvous import rendezvous
 from lora_alpaca.errors import RankError
 from lora_alpaca.models.device import choose_device, pick_device
-from lora_alpaca.reports import Reporter, usable_tracker
 from lora_alpaca.signals import Interrupted, Stop
+from lora_alpaca.training.progress import Progress
+from lora_alpaca.training.trackers import usable_tracker
 
 Result = TypeVar("Result")
 
@@ -40,7 +41,7 @@ class World:
         self.first = self.rank == 0
         self._seed = 0
         self._peers = Heartbeat(self.rank, self.world_size, self.stop.hurry) if self.world_size > 1 else None
-        self.reporter = Reporter(quiet=not self.first)
+        self.reporter = Progress(quiet=not self.first)
         self.spec, said = choose_device(config, processes.device, default_bits=8)
         tracker, trouble = usable_tracker("wandb" if config.wandb_project else config.report_to)
         self.reporter.say(*said, *filter(None, [trouble]))

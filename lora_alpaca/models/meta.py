@@ -1,18 +1,13 @@
 """A base model without its weights: what can be known about it before the first heavy step."""
 
 import copy
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import transformers
 
-from lora_alpaca.errors import ModelError
-from lora_alpaca.models import memory
-from lora_alpaca.models.base import Base, as_model_error, weight_files
+from lora_alpaca.models.base import Base, as_model_error
 from lora_alpaca.models.device import DeviceSpec
-from lora_alpaca.models.memory import gigabytes
 
 
 def meta_model(base: Base) -> Any:
@@ -42,26 +37,6 @@ def memory_bytes(model: Any, spec: DeviceSpec) -> int:
     other = sum(parameter.numel() for parameter in model.parameters()) - linear
     bits = {16: 8 * spec.dtype.itemsize, 8: 8, 4: 4.5}[spec.bits]
     return int(linear * bits / 8) + other * spec.dtype.itemsize
-
-
-def check_base_fits(base: Base, spec: DeviceSpec) -> list[str]:
-    """Return, in a sentence, what the base's weights will take, if that is known.
-
-    Raises ModelError where a CPU has less memory than that, and for a folder whose weight files are not whole.
-    """
-    if Path(base.path).is_dir():
-        weight_files(base)
-    if (model := meta_model(base)) is None:
-        return []
-    needed = memory_bytes(model, spec)
-    if spec.device.type == "cpu":
-        free = memory.free_and_total(spec.device)[0] + psutil.swap_memory().free
-        if needed > free:
-            raise ModelError(
-                f"--base_model {base.name}: its weights take {gigabytes(needed)} as {spec}, and {gigabytes(free)} "
-                "are free; take a smaller model, or hold it in fewer bits (--load_8bit, --load_4bit)"
-            )
-    return [f"the weights of {base.name} take about {gigabytes(needed)}"]
 
 
 def is_linear(part: torch.nn.Module) -> bool:

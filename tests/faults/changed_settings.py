@@ -18,7 +18,7 @@ from faults.operations import Watch
 from faults.report import Report, chosen
 from faults.scene import Ended, Scene, losses, make_model, make_rows, same, steps
 from lora_alpaca.artifacts.checkpoint import STATE
-from lora_alpaca.planning import Plan
+from lora_alpaca.planning.plan import Plan
 from lora_alpaca.storage.atomic import LOCK
 from lora_alpaca.storage.output_folder import MANIFEST, RECORD, read_record
 from lora_alpaca.storage.paths import read_json

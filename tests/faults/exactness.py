@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from lora_alpaca import FinetuneConfig, finetune
-from lora_alpaca.loop import Loop
 from lora_alpaca.models import lora
 from lora_alpaca.signals import Interrupted
+from lora_alpaca.training.loop import Loop
 
 from .report import Report, chosen
 from .scene import Scene, forked

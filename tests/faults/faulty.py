@@ -12,9 +12,11 @@ from collections.abc import Callable
 
 import torch
 
-from lora_alpaca import cli, data, step
+from lora_alpaca import data
+from lora_alpaca.cli.verbs import main
 from lora_alpaca.engine import Engine
 from lora_alpaca.errors import DataError
+from lora_alpaca.training.step import Stepper
 
 
 def raises() -> None:
@@ -67,7 +69,7 @@ def happens() -> None:
 
 def put_in(fault: str, number: int) -> None:
     """Let this rank fail in its n-th step."""
-    taken, gradient, loss = 0, step.Learner._gradient, Engine.loss
+    taken, gradient, loss = 0, Stepper._gradient, Engine.loss
 
     def counted(learner, *args):
         nonlocal taken
@@ -97,7 +99,7 @@ def put_in(fault: str, number: int) -> None:
     elif fault == "rows":
         init, data.Rows.__init__ = data.Rows.__init__, other_rows
     else:
-        step.Learner._gradient = counted
+        Stepper._gradient = counted
         Engine.loss = faulty
 
 
@@ -105,4 +107,4 @@ if __name__ == "__main__":
     fault, rank, number, *words = sys.argv[1:]
     if os.environ["RANK"] == rank:
         put_in(fault, int(number))
-    cli.main(["finetune", *words])
+    main(["finetune", *words])

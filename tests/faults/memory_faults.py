@@ -36,7 +36,7 @@ def short_above(tokens: int, error: Exception, first_step: int = 1, training: bo
     """Return what lets this process have memory for so many tokens at once, from a step on or in validation."""
 
     def begin() -> None:
-        from lora_alpaca.loop import Loop
+        from lora_alpaca.training.loop import Loop
 
         compute, step = Engine.loss, Loop._step
         number = [0]

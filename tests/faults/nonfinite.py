@@ -18,8 +18,8 @@ from faults.scene import Ended, Scene, losses, same, steps, tensors
 from lora_alpaca.artifacts import checkpoint
 from lora_alpaca.distributed.world import World
 from lora_alpaca.engine import Engine, Packed
-from lora_alpaca.loop import MOST_OVERFLOWS, MOST_SKIPPED, Loop
-from lora_alpaca.step import Learner
+from lora_alpaca.training.loop import MOST_OVERFLOWS, MOST_SKIPPED, Loop
+from lora_alpaca.training.step import Stepper
 
 STEPS = 5
 VALUES = (math.nan, math.inf, -math.inf)
@@ -27,7 +27,7 @@ OF_STEP = ("loss", "row", "gradient", "base weight", "adapter weight")  # the er
 KINDS = (*OF_STEP, "moment", "validation")
 
 
-def in_step(numbers: set[int], put: Callable[[Learner], Any]) -> None:
+def in_step(numbers: set[int], put: Callable[[Stepper], Any]) -> None:
     """Let `put` be called with the learner at the beginning of some steps, counted from 1."""
     own = Loop._step
 
@@ -57,10 +57,10 @@ def put_in(kind: str, value: float, numbers: set[int]) -> Callable[[], None]:
         setattr(owner, name, function(own))
         return lambda: setattr(owner, name, own)
 
-    def loss(learner: Learner) -> Callable[[], None]:
+    def loss(learner: Stepper) -> Callable[[], None]:
         return patched(Engine, "loss", lambda own: lambda engine, batch: own(engine, batch) * value)
 
-    def row(learner: Learner) -> Callable[[], None]:
+    def row(learner: Stepper) -> Callable[[], None]:
         """One row alone: the first that is computed in the step."""
         held, poisoned = [False], []
 
@@ -79,7 +79,7 @@ def put_in(kind: str, value: float, numbers: set[int]) -> Callable[[], None]:
         )
         return lambda: (undo(), undo_loss())  # type: ignore[return-value]
 
-    def gradient(learner: Learner) -> Callable[[], None]:
+    def gradient(learner: Stepper) -> Callable[[], None]:
         def changed(own: Any) -> Any:
             def backward(ranks: World, part: torch.Tensor) -> None:
                 own(ranks, part)
@@ -95,14 +95,14 @@ def put_in(kind: str, value: float, numbers: set[int]) -> Callable[[], None]:
         flat[0] = value
         return lambda: flat.__setitem__(0, before if kind == "base weight" else value)
 
-    def base_weight(learner: Learner) -> Callable[[], None]:
+    def base_weight(learner: Stepper) -> Callable[[], None]:
         frozen = [parameter for parameter in learner.model.parameters() if not parameter.requires_grad]
         return weight(frozen[-1])
 
-    def adapter_weight(learner: Learner) -> Callable[[], None]:
+    def adapter_weight(learner: Stepper) -> Callable[[], None]:
         return weight(learner.parameters[0])
 
-    def moment(learner: Learner) -> Callable[[], None]:
+    def moment(learner: Stepper) -> Callable[[], None]:
         for state in learner.optimizer.state.values():
             state["exp_avg"].view(-1)[0] = value
         return lambda: None

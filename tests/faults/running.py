@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 from conftest import ROOT
 
-from lora_alpaca import cli
+from lora_alpaca.cli.verbs import main
 from lora_alpaca.storage import output_folder
 
 from .scene import Ended, Scene, steps
@@ -91,7 +91,7 @@ def forked(scene: Scene, out: Path, before: Callable[[], Any] | None = None, **o
     def work() -> None:
         if before is not None:
             before()
-        cli.main(["finetune", *words])
+        main(["finetune", *words])
 
     return copied(work, scene, out, options)
 

@@ -3,67 +3,28 @@
 What is due follows from where the run stands, so that a run that goes on does what the one before was about to do.
 """
 
-import math
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from lora_alpaca.artifacts import checkpoint
 from lora_alpaca.artifacts.checkpoint import Checkpoint
-from lora_alpaca.artifacts.run_record import RunResult
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.data.examples import Examples
 from lora_alpaca.data.sampler import rows_of_step
 from lora_alpaca.engine import Packed, Padded
 from lora_alpaca.errors import RankError, TrainingError
 from lora_alpaca.models import lora
-from lora_alpaca.models.lora import State
-from lora_alpaca.planning import Plan
+from lora_alpaca.planning.plan import Plan
 from lora_alpaca.signals import Interrupted, StepAbandoned
-from lora_alpaca.step import Learner, Step
+from lora_alpaca.training.state import TrainState
+from lora_alpaca.training.step import Step, Stepper
 
 MOST_FAILED_SAVES = 3  # in a row
 MOST_OVERFLOWS = 50  # of fp16, in a row; a few are how it finds its loss scale
 MOST_SKIPPED = 10  # steps of a run under --on_nonfinite skip
-
-
-@dataclass
-class Progress:
-    """Where a run stands: everything that changes from step to step but the weights. It travels in the checkpoints."""
-
-    step: int = 0
-    seconds: float = 0.0
-    validated: int = -1  # the step of the last validation
-    first_loss: float | None = None  # of validation, before the first step
-    best_loss: float = math.inf
-    best_step: int = 0
-    without_gain: int = 0  # validations since the best one
-    window_loss: float = 0.0  # summed over the labels since the last logged line
-    window_labels: int = 0
-    overflows: int = 0  # in a row
-    skipped: int = 0  # steps whose loss or gradient was not finite
-    history: list[dict[str, float]] = field(default_factory=list)
-    best: State = field(default_factory=dict)
-
-    def facts(self) -> dict[str, Any]:
-        """Return what fits into JSON."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "best"}
-
-    def mean_loss(self) -> float:
-        """Return the mean loss per label since the last logged line."""
-        return self.window_loss / max(1, self.window_labels)
-
-    def forget_best(self) -> None:
-        """Let the next validation be the best: it is on other rows than those before."""
-        self.best_loss, self.best_step, self.without_gain, self.best = math.inf, 0, 0, {}
-
-    def result(self, output_dir: Path) -> RunResult:
-        """Return what the caller gets."""
-        validated = self.first_loss is not None
-        kept = (self.best_loss if validated else None, self.first_loss, self.best_step if validated else None)
-        return RunResult(output_dir, self.step, *kept, seconds=self.seconds, history=self.history)
 
 
 @dataclass
@@ -72,12 +33,12 @@ class Loop:
 
     config: FinetuneConfig
     plan: Plan
-    learner: Learner
+    learner: Stepper
     train: Examples
     validation: Examples
     output_dir: Path
     record: dict[str, Any]
-    progress: Progress
+    progress: TrainState
     failed_saves: int = 0
 
     def __post_init__(self) -> None:

@@ -15,25 +15,18 @@ import torch
 from lora_alpaca.artifacts import adapter_folder, prompt_contract, run_record
 from lora_alpaca.artifacts.source import UNCHECKED, agreed_template
 from lora_alpaca.config import ExportConfig
-from lora_alpaca.data.encoding import Encoder
-from lora_alpaca.errors import AdapterError, ExportError, FolderError, ModelError
+from lora_alpaca.errors import AdapterError, FolderError, ModelError
+from lora_alpaca.export.receipt import compare, logits, probe_ids, rounding, summary
 from lora_alpaca.models import lora, memory
 from lora_alpaca.models.base import Base, load_base, locate_base
 from lora_alpaca.models.device import DTYPES, DeviceSpec, pick_device
 from lora_alpaca.models.fingerprint import weight_hashes
 from lora_alpaca.models.memory import gigabytes
-from lora_alpaca.models.meta import check_base_fits, memory_bytes, meta_model
+from lora_alpaca.models.meta import memory_bytes, meta_model
 from lora_alpaca.models.tokenizer import load_tokenizer
-from lora_alpaca.prompts import AnyTemplate, Conversation
+from lora_alpaca.planning.preflight import check_base_fits
 from lora_alpaca.storage import atomic, output_folder
 from lora_alpaca.storage.paths import files_below, user_path
-
-PROBES = [
-    ("Tell me about alpacas.", ""),
-    ("Name the capital of the country.", "Country: Peru"),
-    ("Add the numbers.", "2 + 3"),
-]
-FP32_TOLERANCE = 1e-4  # of the largest logit
 
 
 def export_hf(config: ExportConfig) -> Path:
@@ -76,15 +69,15 @@ def export_hf(config: ExportConfig) -> Path:
     print(f"merging {adapter} into {base.name} in {str(model.dtype).removeprefix('torch.')}")
     peft_model = adapter_folder.load(model, adapter).eval()
 
-    probes = _probe_ids(tokenizer, template)
+    probes = probe_ids(tokenizer, template)
     with peft_model.disable_adapter():
-        plain = _logits(peft_model, probes)
-    tuned = _logits(peft_model, probes)
+        plain = logits(peft_model, probes)
+    tuned = logits(peft_model, probes)
     changed = _merge(peft_model, adapter)
     merged = peft_model.unload()  # the layers are merged already
-    receipt = _compare(plain, tuned, _logits(merged, probes), exact=merged.dtype == torch.float32)
+    receipt = compare(plain, tuned, logits(merged, probes), exact=merged.dtype == torch.float32)
     merged = merged.to(target)
-    receipt |= _rounding(plain, tuned, _logits(merged, probes), target) | {"changed_weights": changed}
+    receipt |= rounding(plain, tuned, logits(merged, probes), target) | {"changed_weights": changed}
 
     stop_ids = prompt_contract.stop_ids(merged.generation_config.eos_token_id, tokenizer, template)
     merged.generation_config.eos_token_id = stop_ids or None
@@ -108,7 +101,7 @@ def export_hf(config: ExportConfig) -> Path:
         atomic.write(stage / output_folder.RECORD, atomic.as_json(record))
         atomic.fsync_tree(stage)
         said = output_folder.move_into_place(stage, output_dir, config.overwrite)
-    print(*said, _summary(receipt), f"merged model saved in {output_dir}", sep="\n")
+    print(*said, summary(receipt), f"merged model saved in {output_dir}", sep="\n")
     return output_dir
 
 
@@ -138,18 +131,6 @@ def _fits_in_fp32(model: Any, device: torch.device) -> bool:
     return sum(parameter.numel() for parameter in model.parameters()) * 4 < 0.8 * memory.free_and_total(device)[0]
 
 
-def _probe_ids(tokenizer: Any, template: AnyTemplate) -> list[torch.Tensor]:
-    """Return a few prompts as the adapter was trained to read them, int64 [1, T] each."""
-    encoder = Encoder(tokenizer, template, add_eos_token=False)
-    return [torch.tensor([encoder.prompt(Conversation.of(*probe))]) for probe in PROBES]
-
-
-@torch.inference_mode()
-def _logits(model: Any, probes: list[torch.Tensor]) -> torch.Tensor:
-    """Return the logits of all probes, fp32 [all tokens, V], on the CPU."""
-    return torch.cat([model(input_ids=ids.to(model.device), use_cache=False).logits[0].float().cpu() for ids in probes])
-
-
 def _merge(model: Any, adapter: Path) -> int:
     """Merge layer by layer and return how many weights changed; AdapterError if none does."""
     changed = 0
@@ -161,42 +142,3 @@ def _merge(model: Any, adapter: Path) -> int:
     if not changed:
         raise AdapterError(f"{adapter}: merging it changes no weight; the adapter is empty (B is zero)")
     return changed
-
-
-def _compare(plain: torch.Tensor, tuned: torch.Tensor, merged: torch.Tensor, exact: bool) -> dict[str, float]:
-    """Return the receipt of the merge; ExportError if the merged logits are not those of base + adapter.
-
-    In fp32 they must agree to 1e-4. In a shorter precision both sides carry its noise, so the merged logits must at
-    least be ten times nearer to base + adapter than to the base, or within that precision's noise.
-    """
-    error = ((merged - tuned).abs().max() / tuned.abs().max()).item()
-    effect = ((tuned - plain).abs().max() / tuned.abs().max()).item()
-    allowed = FP32_TOLERANCE if exact else max(0.1 * effect, 0.02)
-    if not error <= allowed:
-        raise ExportError(
-            f"the merged model's logits differ from base + adapter by {error:.1e} of the largest; "
-            f"{allowed:.0e} is allowed"
-        )
-    return {"adapter_effect": effect, "merge_error": error}
-
-
-def _rounding(plain: torch.Tensor, tuned: torch.Tensor, saved: torch.Tensor, dtype: torch.dtype) -> dict[str, Any]:
-    """Return what rounding to the saved dtype did: its share of the adapter's effect, and the top tokens it kept."""
-    lost = ((saved - tuned).norm() / (tuned - plain).norm().clamp_min(1e-12)).item()
-    same = (saved.argmax(-1) == tuned.argmax(-1)).float().mean().item()
-    return {"saved_dtype": str(dtype).removeprefix("torch."), "rounding_share": lost, "same_top_token": same}
-
-
-def _summary(receipt: dict[str, Any]) -> str:
-    line = (
-        f"merge checked: {receipt['changed_weights']} weights changed; "
-        f"logits equal base + adapter to {receipt['merge_error']:.1e}; "
-        f"as {receipt['saved_dtype']} the top token is the same at {receipt['same_top_token']:.1%} of the probed places"
-    )
-    if receipt["rounding_share"] > 0.5:
-        line += (
-            f"\nwarning: rounding to {receipt['saved_dtype']} is {receipt['rounding_share']:.0%} of what the adapter "
-            "changes; "
-            "--dtype fp32 keeps it"
-        )
-    return line

@@ -8,17 +8,11 @@ from typing import Any, Literal
 
 import torch
 
-from lora_alpaca.artifacts import adapter_folder
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.config.shared import DEMO, UPSTREAM_DATA
 from lora_alpaca.data.sampler import steps_per_epoch
-from lora_alpaca.errors import ConfigError
-from lora_alpaca.models import lora
-from lora_alpaca.models.base import Base, demo_base
-from lora_alpaca.models.device import DeviceSpec
-from lora_alpaca.models.meta import check_base_fits, meta_model
-from lora_alpaca.reports import Reporter
-from lora_alpaca.storage.paths import user_path
+from lora_alpaca.models.base import demo_base
+from lora_alpaca.training.progress import Progress
 
 
 @dataclass
@@ -50,7 +44,7 @@ class Plan:
         return config.learning_rate * factors[config.lr_scheduler]
 
 
-def with_recipe(config: FinetuneConfig, world_size: int, reporter: Reporter) -> FinetuneConfig:
+def fill_defaults(config: FinetuneConfig, world_size: int, reporter: Progress) -> FinetuneConfig:
     """Return the config with base and data named, and the demo base's own values where the user said nothing."""
     chosen: dict[str, Any] = {}
     if not config.base_model:
@@ -70,34 +64,6 @@ def with_recipe(config: FinetuneConfig, world_size: int, reporter: Reporter) -> 
         reporter.say("demo recipe: " + ", ".join(f"{name} {value}" for name, value in recipe.items()))
         chosen |= recipe
     return FinetuneConfig(**{name: getattr(config, name) for name in config.model_fields_set} | chosen)
-
-
-HIGH_RATE = 0.1  # above it, LoRA as good as never learns
-
-
-def within_model(config: FinetuneConfig, base: Base, spec: DeviceSpec, reporter: Reporter) -> FinetuneConfig:
-    """Return the config with rows no longer than the model can take; what is odd is said.
-
-    Raises ConfigError if longer rows were asked for, ModelError for target modules that are not there and for a base
-    larger than the memory, AdapterError for an --init_adapter that was not made for this base.
-    """
-    reporter.say(*check_base_fits(base, spec))
-    if config.init_adapter:
-        start = user_path(config.init_adapter)
-        reporter.say(*adapter_folder.verify(start, adapter_folder.read_info(start), base))
-    elif (bare := meta_model(base)) is not None:
-        lora.target_modules(bare, config)
-    width = base.config.get_text_config().hidden_size
-    if config.lora_r > width:
-        reporter.say(f"warning: --lora_r {config.lora_r} is more than the model is wide ({width}), which gains nothing")
-    if config.learning_rate > HIGH_RATE:
-        reporter.say(f"warning: --learning_rate {config.learning_rate} is very high; LoRA is trained with about 3e-4")
-    if base.max_length is None or config.cutoff_len <= base.max_length:
-        return config
-    if config.is_set("cutoff_len"):
-        raise ConfigError(f"--cutoff_len {config.cutoff_len}: {base.name} takes at most {base.max_length} tokens")
-    reporter.say(f"cutoff_len is {base.max_length}, the most that {base.name} takes")
-    return config.model_copy(update={"cutoff_len": base.max_length})
 
 
 def resolve(config: FinetuneConfig, rows: int, world_size: int) -> Plan:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lora_alpaca import data, planning, resuming
+from lora_alpaca import data
 from lora_alpaca.artifacts import adapter_folder, checkpoint, prompt_contract, run_record
 from lora_alpaca.artifacts.adapter_folder import Adapter
 from lora_alpaca.artifacts.run_record import RunResult
@@ -20,21 +20,24 @@ from lora_alpaca.data.tokenization import hash_tokenizer
 from lora_alpaca.distributed.world import World
 from lora_alpaca.engine import Settings, fitted
 from lora_alpaca.errors import DataError, TrainingError
-from lora_alpaca.loop import Loop, Progress
 from lora_alpaca.models import lora
 from lora_alpaca.models.base import load_base, locate_base
 from lora_alpaca.models.fingerprint import hash_base
 from lora_alpaca.models.tokenizer import load_tokenizer
-from lora_alpaca.planning import Plan
+from lora_alpaca.planning import preflight
+from lora_alpaca.planning.plan import ENGINE_OPTIONS, Plan, fill_defaults, resolve, resolve_engine
 from lora_alpaca.prompts import AnyTemplate, fitting_template, load_template
-from lora_alpaca.reports import minutes
 from lora_alpaca.signals import Interrupted, Stop
-from lora_alpaca.step import Learner
 from lora_alpaca.storage import atomic, output_folder
 from lora_alpaca.storage.paths import user_path
+from lora_alpaca.training import resume
+from lora_alpaca.training.loop import Loop
+from lora_alpaca.training.progress import minutes
+from lora_alpaca.training.state import TrainState
+from lora_alpaca.training.step import Stepper
 
 
-def finetune(config: FinetuneConfig, rows: Rows | None = None) -> RunResult:
+def train(config: FinetuneConfig, rows: Rows | None = None) -> RunResult:
     """Train a LoRA adapter and return what came of it; the adapter lies, self-describing, in `config.output_dir`.
 
     `rows` are those of `config.data_path`, if they have been read already.
@@ -52,21 +55,21 @@ def finetune(config: FinetuneConfig, rows: Rows | None = None) -> RunResult:
                 output_folder.check_lock(output_dir)
             say(f"{output_dir}: this run is already finished")
             return run_record.finished_run(output_dir)
-        checkpoint_dir = ranks.first_says(lambda: resuming.find(config, output_dir, ranks.reporter))
+        checkpoint_dir = ranks.first_says(lambda: resume.find(config, output_dir, ranks.reporter))
         template = load_template(config.prompt_template_name) if config.prompt_template_name else None
         if config.init_adapter:
             adapter_folder.check_init_adapter(config)
-        config = planning.with_recipe(config, ranks.world_size, ranks.reporter)
+        config = fill_defaults(config, ranks.world_size, ranks.reporter)
         rows = rows or Rows(config.data_path, config.columns, config.skip_bad_rows)
         if not ranks.agree(rows.digest):
             raise DataError(f"--data_path {config.data_path}: the processes read different rows; is it being written?")
         held_out = data.held_out(len(rows), config.val_set_size, config.seed)
 
         base = locate_base(config.base_model, config.revision, config.trust_remote_code)
-        config = planning.within_model(config, base, ranks.spec, ranks.reporter)
+        config = preflight.preflight(config, base, ranks.spec, ranks.reporter)
         tokenizer = load_tokenizer(base)
         resumed = checkpoint.load(checkpoint_dir) if checkpoint_dir else None
-        as_before = resuming.template_as_before(resumed, template)
+        as_before = resume.template_as_before(resumed, template)
         template = (as_before or fitting_template(rows.formats, tokenizer)).bound(tokenizer)
         prepared = _prepare(config, rows, held_out, tokenizer, template, ranks)
         train, validation, ledger = prepared.train, prepared.validation, prepared.statistics
@@ -84,10 +87,10 @@ def finetune(config: FinetuneConfig, rows: Rows | None = None) -> RunResult:
         hashes = (base_sha256, template, hash_tokenizer(tokenizer))
         record = run_record.describe(config, base, *hashes, ranks.spec, ranks.world_size, rows.digest, ledger)
         record["validation_sha256"] = validation.digest()
-        changed = resuming.check_same(resumed, record, config.allow_change or []) if resumed else {}
+        changed = resume.check_same(resumed, record, config.allow_change or []) if resumed else {}
         say(*changed.values())
-        plan = resuming.plan_as_before(resumed, config, train, ranks.world_size) if resumed else None
-        plan = plan or planning.resolve(config, len(train), ranks.world_size)
+        plan = resume.plan_as_before(resumed, config, train, ranks.world_size) if resumed else None
+        plan = plan or resolve(config, len(train), ranks.world_size)
         say(f"base: {base.name}, {ranks.spec}", f"plan: {plan}")
 
         torch.manual_seed(config.seed)  # the adapter's first weights are the same on every rank
@@ -98,8 +101,8 @@ def finetune(config: FinetuneConfig, rows: Rows | None = None) -> RunResult:
         else:
             model = lora.attach(model, config, base)
         output_folder.check_space(output_dir, _bytes_written(model, config, plan))
-        if not resumed or planning.ENGINE_OPTIONS & changed.keys():
-            planning.resolve_engine(config, plan, model, ranks.device, train.lengths, ranks.world_size)
+        if not resumed or ENGINE_OPTIONS & changed.keys():
+            resolve_engine(config, plan, model, ranks.device, train.lengths, ranks.world_size)
         if plan.gradient_checkpointing:
             model.enable_input_require_grads()
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -118,11 +121,11 @@ def finetune(config: FinetuneConfig, rows: Rows | None = None) -> RunResult:
         say(*said)
         plan.engine = engine.name
         shrinks = config.on_oom == "shrink"
-        learner = Learner(engine, ranks, config.weight_decay, config.max_grad_norm, shrinks)
-        progress = Progress()
+        learner = Stepper(engine, ranks, config.weight_decay, config.max_grad_norm, shrinks)
+        progress = TrainState()
         if resumed:
-            resuming.restore(resumed, learner)
-            progress = Progress(**resumed.facts["progress"], best=resumed.best)
+            resume.restore(resumed, learner)
+            progress = TrainState(**resumed.facts["progress"], best=resumed.best)
             if resumed.facts["record"]["validation_sha256"] != record["validation_sha256"]:
                 progress.forget_best()
 

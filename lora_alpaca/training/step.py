@@ -36,7 +36,7 @@ class Step:
         return math.isfinite(self.loss) and (math.isfinite(self.grad_norm) or self.overflow)
 
 
-class Learner:
+class Stepper:
     """The trainable parameters of a model and the optimizer that moves them, on one rank of many."""
 
     def __init__(self, engine: Engine, ranks: World, weight_decay: float, max_norm: float, shrinks: bool = False):

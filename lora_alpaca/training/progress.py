@@ -4,7 +4,6 @@ Only the first rank speaks. The figures also go to tensorboard, wandb or trackio
 """
 
 import contextlib
-import importlib.util
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 
-class Reporter:
+class Progress:
     """The voice of a run. `quiet` is every rank but the first."""
 
     def __init__(self, quiet: bool):
@@ -78,18 +77,3 @@ def minutes(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def usable_tracker(name: str) -> tuple[str | None, str]:
-    """Return the tracker to use, or None and a sentence about why the asked one cannot be had."""
-    if name == "none":
-        return None, ""
-    if importlib.util.find_spec(name) is None:
-        return None, f"warning: --report_to {name}: not installed (pip install {name}); going on without it"
-    if name == "wandb":
-        import wandb
-
-        offline = wandb.setup().settings.mode in ("offline", "disabled", "dryrun")
-        if not offline and not wandb.login(prompt=False):
-            return None, "warning: --report_to wandb: not logged in (wandb login); going on without it"
-    return name, ""

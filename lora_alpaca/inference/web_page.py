@@ -16,16 +16,16 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
-
 import gradio as gr
 
 from lora_alpaca.config import GenerateConfig
 from lora_alpaca.config.shared import ADAPTER_DIR, DEMO
 from lora_alpaca.errors import ConfigError, LoraAlpacaError
-from lora_alpaca.generation import Generator
+from lora_alpaca.inference.generator import Generator
 from lora_alpaca.models.base import demo_base
 from lora_alpaca.storage.paths import user_path
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 TITLE = "LoRA Alpaca"
 PORTS = range(7860, 7960)  # tried in turn when none is asked for

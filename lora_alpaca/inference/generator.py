@@ -27,8 +27,8 @@ from lora_alpaca.models import lora
 from lora_alpaca.models.base import Base, load_base, locate_base
 from lora_alpaca.models.device import choose_device
 from lora_alpaca.models.fingerprint import weight_hashes
-from lora_alpaca.models.meta import check_base_fits
 from lora_alpaca.models.tokenizer import load_tokenizer
+from lora_alpaca.planning.preflight import check_base_fits
 from lora_alpaca.prompts import AnyTemplate, Conversation, Message, load_template
 from lora_alpaca.storage import output_folder
 from lora_alpaca.storage.paths import user_path
@@ -232,7 +232,7 @@ class _Watcher(StoppingCriteria):
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """What to load: base, adapter folder if any, folder of the tokenizer if not the base's, and what is recorded."""
 
     base: Base
@@ -241,7 +241,7 @@ class Source:
     origin: AdapterInfo | None
 
 
-def _find(config: GenerateConfig) -> Source:
+def _find(config: GenerateConfig) -> ModelSource:
     """Return what a config names, or what the steps before have left here, and say which."""
     named = config.base_model or os.environ.get("BASE_MODEL", "")
     if config.lora_weights == "none":
@@ -265,10 +265,10 @@ def _find(config: GenerateConfig) -> Source:
     revision = config.revision or (None if named and not _same_base(named, origin.base_model) else origin.base_revision)
     base = locate_base(named or origin.base_model, revision, config.trust_remote_code)
     _say(f"adapter {adapter} on {base.name}")
-    return Source(base, adapter, adapter if (adapter / "tokenizer_config.json").is_file() else None, origin)
+    return ModelSource(base, adapter, adapter if (adapter / "tokenizer_config.json").is_file() else None, origin)
 
 
-def _model_alone(config: GenerateConfig, named: str) -> Source:
+def _model_alone(config: GenerateConfig, named: str) -> ModelSource:
     if not named:
         _say(f"no adapter in {ADAPTER_DIR} yet: answering with the untrained demo base")
     base = locate_base(named or DEMO, config.revision, config.trust_remote_code)
@@ -278,7 +278,7 @@ def _model_alone(config: GenerateConfig, named: str) -> Source:
         weight_hashes(base)  # which checks them
     if named:
         _say(f"model {base.name}" + (", merged by lora_alpaca" if origin else ", without an adapter"))
-    return Source(base, None, None, origin)
+    return ModelSource(base, None, None, origin)
 
 
 def _same_base(named: str, recorded: str) -> bool:
@@ -290,7 +290,7 @@ def _same_base(named: str, recorded: str) -> bool:
     )
 
 
-def _template(config: GenerateConfig, source: Source) -> AnyTemplate:
+def _template(config: GenerateConfig, source: ModelSource) -> AnyTemplate:
     """Return the template that the prompts are made with; TemplateError where it cannot be known or is another."""
     contract = source.origin.contract if source.origin else None
     if contract is None and source.base.name == DEMO and not config.prompt_template:

@@ -4,23 +4,22 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lora_alpaca import planning
 from lora_alpaca.artifacts import checkpoint, run_record
 from lora_alpaca.artifacts.checkpoint import Checkpoint
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.data.examples import Examples
 from lora_alpaca.errors import CheckpointError
 from lora_alpaca.models import lora
-from lora_alpaca.planning import Plan
+from lora_alpaca.planning.plan import Plan, resolve
 from lora_alpaca.prompts import AnyTemplate, template_from_json
-from lora_alpaca.reports import Reporter
-from lora_alpaca.step import Learner
 from lora_alpaca.storage import output_folder
+from lora_alpaca.training.progress import Progress
+from lora_alpaca.training.step import Stepper
 
 SHAPE = {"lora_r", "lora_target_modules", "use_dora"}  # what the tensors of a checkpoint were made for
 
 
-def find(config: FinetuneConfig, output_dir: Path, reporter: Reporter) -> Path | None:
+def find(config: FinetuneConfig, output_dir: Path, reporter: Progress) -> Path | None:
     """Return the checkpoint folder to go on from, or None for a fresh start, for which the output folder is checked."""
     output_folder.check_lock(output_dir)
     if config.resume_from_checkpoint:
@@ -73,12 +72,12 @@ def plan_as_before(checkpoint: Checkpoint, config: FinetuneConfig, train: Exampl
     record = checkpoint.facts["record"]
     before = Plan(**checkpoint.facts["plan"])
     config_then = FinetuneConfig.model_construct(set(record["said"]), **record["options"])
-    then = asdict(planning.resolve(config_then, record["ledger"]["train"], record["ranks"]))
-    now = asdict(planning.resolve(config, len(train), world_size))
+    then = asdict(resolve(config_then, record["ledger"]["train"], record["ranks"]))
+    now = asdict(resolve(config, len(train), world_size))
     return replace(before, **{name: value for name, value in now.items() if value != then[name]})
 
 
-def restore(checkpoint: Checkpoint, learner: Learner) -> None:
+def restore(checkpoint: Checkpoint, learner: Stepper) -> None:
     """Put adapter, optimizer and loss scale back."""
     lora.set_state(learner.model, checkpoint.adapter, "checkpoint")
     learner.load_optimizer_state(checkpoint.optimizer)

@@ -1,0 +1,1 @@
+"""Every automatic choice, and every check, before the first heavy step."""

@@ -1,0 +1,46 @@
+"""Where a run stands."""
+
+import math
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from lora_alpaca.artifacts.run_record import RunResult
+from lora_alpaca.models.lora import State
+
+
+@dataclass
+class TrainState:
+    """Where a run stands: everything that changes from step to step but the weights. It travels in the checkpoints."""
+
+    step: int = 0
+    seconds: float = 0.0
+    validated: int = -1  # the step of the last validation
+    first_loss: float | None = None  # of validation, before the first step
+    best_loss: float = math.inf
+    best_step: int = 0
+    without_gain: int = 0  # validations since the best one
+    window_loss: float = 0.0  # summed over the labels since the last logged line
+    window_labels: int = 0
+    overflows: int = 0  # in a row
+    skipped: int = 0  # steps whose loss or gradient was not finite
+    history: list[dict[str, float]] = field(default_factory=list)
+    best: State = field(default_factory=dict)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what fits into JSON."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "best"}
+
+    def mean_loss(self) -> float:
+        """Return the mean loss per label since the last logged line."""
+        return self.window_loss / max(1, self.window_labels)
+
+    def forget_best(self) -> None:
+        """Let the next validation be the best: it is on other rows than those before."""
+        self.best_loss, self.best_step, self.without_gain, self.best = math.inf, 0, 0, {}
+
+    def result(self, output_dir: Path) -> RunResult:
+        """Return what the caller gets."""
+        validated = self.first_loss is not None
+        kept = (self.best_loss if validated else None, self.first_loss, self.best_step if validated else None)
+        return RunResult(output_dir, self.step, *kept, seconds=self.seconds, history=self.history)
