@@ -22,11 +22,11 @@ test: check  ## check the code and run every test
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 stress: $(STAMP)  ## the tests that draw cases at random, in their long form, and a share of all faults: half an hour
-	STRESS=1 $(BIN)/python -m pytest --numprocesses=auto tests/test_properties.py tests/test_fuzz.py
+	STRESS=1 $(BIN)/python -m pytest --numprocesses=auto tests/data/test_properties.py tests/data/test_fuzz.py
 	$(BIN)/python tests/faults stress
 
 stress-long: $(STAMP)  ## the same with a thousand kills and all faults; goes on where it was stopped
-	STRESS=1 $(BIN)/python -m pytest --numprocesses=auto tests/test_properties.py tests/test_fuzz.py
+	STRESS=1 $(BIN)/python -m pytest --numprocesses=auto tests/data/test_properties.py tests/data/test_fuzz.py
 	$(BIN)/python tests/faults stress-long
 
 exact: $(STAMP)  ## compare the gradients of packs with plain transformers, in every combination

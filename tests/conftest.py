@@ -203,10 +203,20 @@ def _save_byte_level(architecture: str, texts: list[str], folder: Path) -> None:
 
 
 @pytest.fixture
+def no_model_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a model that is loaded fail the test."""
+
+    def load(*_: Any, **__: Any) -> None:
+        pytest.fail("the model was loaded first")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", load)
+
+
+@pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Path:
     """Go to an empty folder and return it; a model that is loaded meanwhile fails the test."""
     if "model_loads" not in request.fixturenames:
-        monkeypatch.setattr("lora_alpaca.models.base.load_base", lambda *_: pytest.fail("the model was loaded first"))
+        request.getfixturevalue("no_model_loads")
     folder = tmp_path / "here"
     folder.mkdir()
     monkeypatch.chdir(folder)

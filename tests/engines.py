@@ -12,8 +12,8 @@ from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.data.examples import IGNORED, Example
 from lora_alpaca.engine import Settings, fitted
 from lora_alpaca.engine.equivalence import difference, loss_and_gradient
-from lora_alpaca.models import lora
 from lora_alpaca.models.base import Base
+from lora_alpaca.models.lora import attach, trainable_parameters
 
 CPU, VOCABULARY = torch.device("cpu"), 300
 OTHERS = {
@@ -38,7 +38,7 @@ def make(architecture, lora=None, quantization_config=None, **changes):
         targets = ["x_proj", "in_proj"] if architecture == "Mamba" else ["all-linear"]
         options = {"lora_target_modules": targets, "lora_r": 4, "lora_dropout": 0.0} | (lora or {})
         base = Base(architecture, architecture, None, False, config)
-        model = lora.attach(model, FinetuneConfig(**options), base)
+        model = attach(model, FinetuneConfig(**options), base)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
@@ -60,7 +60,7 @@ def rows(count=11, train_on_inputs=False, seed=0):
 
 def reference(model, examples):
     """Return summed loss and adapter gradient by plain transformers and PEFT, each row alone."""
-    parameters, model = lora.trainable_parameters(model), model.eval()
+    parameters, model = trainable_parameters(model), model.eval()
     loss, gradient = torch.zeros(()), 0
     for example in examples:
         logits = model(input_ids=torch.tensor([example.input_ids]), use_cache=False).logits[0, :-1]

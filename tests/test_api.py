@@ -9,8 +9,8 @@ import lora_alpaca
 
 NAMES = """
     AdapterError CheckpointError ConfigError ContractError DataError ExportConfig ExportError FinetuneConfig FolderError
-    GenerateConfig Generator LoraAlpacaError ModelError RankError Run Template TemplateError TrainingError __version__
-    export_hf finetune load_template
+    GenerateConfig Generator LoraAlpacaError ModelError RankError RunResult Template TemplateError TrainingError
+    __version__ export_hf finetune load_template
 """
 
 MODEL = "base_model revision trust_remote_code device dtype"

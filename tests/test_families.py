@@ -3,7 +3,7 @@
 import pytest
 import torch
 from command import run
-from test_training import flags, interrupt, same
+from short_run import flags, interrupt, same
 
 from lora_alpaca.artifacts.adapter_folder import read_weights
 from lora_alpaca.storage import output_folder

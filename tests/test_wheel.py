@@ -50,7 +50,7 @@ def test_the_wheel_holds_what_it_should_and_nothing_else(wheel):
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     ours = set(listed.stdout.split()) or {name for name in held if name.startswith("lora_alpaca/")}
-    assert "lora_alpaca/training.py" in ours
+    assert "lora_alpaca/training/finetuning.py" in ours
     assert {f"lora_alpaca/templates/{name}.json" for name in TEMPLATES} <= held
     assert ours <= held
     beyond = {name for name in held - ours if not name.startswith(("lora_alpaca/templates/", "lora_alpaca-"))}

@@ -105,16 +105,13 @@ class Padded(Engine):
             yield Batch(dict(padded), places, following[places], torch.ones(len(places), device=self.device))
 
 
-Batch = dict[str, torch.Tensor]
-
-
 def micro_batches(rows: Sequence[int], micro_batch_size: int, rank: int, world_size: int) -> list[list[int]]:
     """Return this rank's rows of a step in micro-batches; ranks take turns, so that none has more than one row more."""
     own = rows[rank::world_size]
     return [list(own[start : start + micro_batch_size]) for start in range(0, len(own), micro_batch_size)]
 
 
-def pad(examples: Sequence[Example], pad_id: int, device: torch.device | str = "cpu") -> Batch:
+def pad(examples: Sequence[Example], pad_id: int, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
     """Return `input_ids`, `attention_mask` and `labels`, each int64 [rows, longest], padded on the right.
 
     The mask comes from the lengths and the labels from the examples: whatever `pad_id` is, even the end token's,

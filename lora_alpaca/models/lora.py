@@ -98,7 +98,7 @@ def _as_json(lora: Any) -> dict[str, Any]:
 def normalized(settings: dict[str, Any], where: str) -> dict[str, Any]:
     """Return settings that an earlier PEFT wrote as this one writes them. Raises AdapterError for unknown ones."""
     try:
-        return _as_json(LoraConfig(**peft_config))
+        return _as_json(LoraConfig(**settings))
     except (TypeError, ValueError) as error:
         raise AdapterError(f"{where}: {str(error).splitlines()[0]}") from None
 

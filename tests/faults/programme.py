@@ -169,7 +169,7 @@ def told(job: Job, path: Path) -> str:
 
 def catalogue(folder: Path) -> Report:
     """Run the tests of the catalogue of bad inputs, whose ids begin with an entry, and count what they found."""
-    tests = {str(path) for path in (ROOT / "tests").glob("test_catalogue*.py")}
+    tests = {str(path) for path in (ROOT / "tests" / "catalogue").glob("test_*.py")}
     found = folder / "found.xml"
     command = [sys.executable, "-m", "pytest", "-q", "--numprocesses=2", "--dist=loadfile", f"--junit-xml={found}"]
     done = subprocess.run([*command, *sorted(tests)], cwd=ROOT, capture_output=True, text=True, timeout=3600)

@@ -17,7 +17,7 @@ import transformers
 from conftest import ARCHITECTURES, _save_sentencepiece
 from safetensors.torch import load_file
 
-from lora_alpaca.cli.verbs import main  # noqa: F401  imported here once, for all that are forked
+from lora_alpaca.cli.verbs import main
 from lora_alpaca.storage.output_folder import MANIFEST, RECORD
 from lora_alpaca.storage.paths import read_json
 

@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 from command import refused, run
-from safetensors.torch import load_file
+from short_run import flags, interrupt, same, tensors
 
 from lora_alpaca import FinetuneConfig, finetune
 from lora_alpaca.errors import AdapterError, CheckpointError, ConfigError, DataError, ModelError
 from lora_alpaca.planning.plan import Plan
-from lora_alpaca.storage import atomic, output_folder
+from lora_alpaca.storage import output_folder
 
 
 @pytest.fixture
@@ -30,30 +30,6 @@ def options(tiny_llama, data_path, tmp_path):
         "dtype": "fp32",
         "load_8bit": False,
     }
-
-
-def flags(options):
-    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
-
-
-def tensors(folder):
-    return load_file(f"{folder}/adapter_model.safetensors")
-
-
-def same(one, other):
-    one, other = tensors(one), tensors(other)
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def interrupt(folder, last_checkpoint):
-    """Leave a finished folder as a run killed after a checkpoint leaves it."""
-    record = output_folder.read_record(folder)
-    for name in [*record.pop("files"), *(f"checkpoint-{n}" for n in (3, 6) if n > last_checkpoint)]:
-        if (folder / name).is_dir():
-            output_folder.remove_checkpoint(folder / name)
-        elif (folder / name).is_file():
-            (folder / name).unlink()
-    atomic.replace(folder / output_folder.RECORD, atomic.as_json(record | {"status": "running"}))
 
 
 def test_the_adapter_folder_remembers_everything(options, tmp_path):
@@ -292,16 +268,7 @@ def test_processes_that_read_different_rows_are_stopped(options, monkeypatch):
         finetune(FinetuneConfig(**options))
 
 
-def test_rows_that_were_read_already_are_not_read_again(options, monkeypatch):
-    from lora_alpaca.data import Rows
-
-    rows = Rows(options["data_path"])
-    monkeypatch.setattr("lora_alpaca.training.Rows", lambda *args: pytest.fail("read again"))
-    assert finetune(FinetuneConfig(**options | {"max_steps": 1}), rows).steps == 1
-
-
-def test_a_gate_stops_before_the_model_is_loaded(options, monkeypatch):
-    monkeypatch.setattr("lora_alpaca.models.base.load_base", lambda *args: pytest.fail("the model was loaded"))
+def test_a_gate_stops_before_the_model_is_loaded(options, no_model_loads):
     with pytest.raises(DataError, match=r"--max_truncated 0\.01: \d+ of 48 rows"):
         finetune(FinetuneConfig(**options | {"cutoff_len": 50, "max_truncated": 0.01}))
 

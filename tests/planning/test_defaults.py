@@ -9,7 +9,6 @@ from command import refused, run
 
 from lora_alpaca import data
 from lora_alpaca.config import FinetuneConfig, GenerateConfig
-from lora_alpaca.models import base
 from lora_alpaca.models.base import Path, demo_base
 from lora_alpaca.models.device import choose_device
 from lora_alpaca.planning.plan import resolve
@@ -59,7 +58,8 @@ CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
     ],
 )
 def test_training_precision(monkeypatch, said, native_bf16, device, bits, dtype):
-    monkeypatch.setattr(base, "has_bf16", lambda _: native_bf16)
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": native_bf16})
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: native_bf16)
     spec, sentences = choose_device(FinetuneConfig(**said), device, default_bits=8)
     assert (spec.bits, spec.dtype) == (bits, dtype)
     replaced = said.get("dtype") == "bf16" and not native_bf16

@@ -7,8 +7,8 @@ import shutil
 from typing import get_args
 
 import pytest
-from catalogue import SHORT, cases, entry, launched, line_of
 from command import run
+from entries import SHORT, cases, entry, launched, line_of
 
 from lora_alpaca.cli.flags import parse
 from lora_alpaca.config import FinetuneConfig, GenerateConfig

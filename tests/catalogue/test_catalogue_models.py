@@ -11,13 +11,12 @@ import socket
 import pytest
 import torch
 import transformers
-from catalogue import ASK, SHORT, cases, entry, line_of
 from command import run
 from conftest import as_row
+from entries import ASK, SHORT, cases, entry, line_of
 from safetensors.torch import load_file, save_file
 
 from lora_alpaca.artifacts import checkpoint
-from lora_alpaca.export.huggingface import shutil
 from lora_alpaca.storage import atomic
 
 pytestmark = pytest.mark.usefixtures("here")  # an empty folder, where nothing may be written and no model loaded
@@ -50,7 +49,7 @@ def described(**changes):
 
 
 def in_shards(folder):
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    model = transformers.LlamaForCausalLM.from_pretrained(folder)
     (folder / "model.safetensors").unlink()
     model.save_pretrained(folder, max_shard_size="100KB")
 
@@ -196,7 +195,7 @@ def test_a_disk_that_is_too_small_for_the_run(number, tiny_llama, data_path, mod
     class Full:
         free = 10_000
 
-    monkeypatch.setattr("lora_alpaca.folders.shutil.disk_usage", lambda path: Full)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: Full)
     words = ("--base_model", tiny_llama, "--data_path", data_path, *SHORT, "--output_dir", "out")
     line = line_of("finetune", *words)
     assert "--output_dir out: the run writes about 0 MB and the disk has 0 MB left; free some, lower --save_to" in line
@@ -205,7 +204,7 @@ def test_a_disk_that_is_too_small_for_the_run(number, tiny_llama, data_path, mod
 @entry("D88")
 @pytest.mark.parametrize("verb", ["finetune", "export"])
 def test_a_folder_that_must_not_be_written_to(number, verb, adapter, tiny_llama, data_path, monkeypatch, here):
-    monkeypatch.setattr("lora_alpaca.folders.os.access", lambda path, mode: False)  # for a superuser there is none
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # for a superuser there is none
     training = ("--base_model", tiny_llama, "--data_path", data_path, *SHORT)
     words = training if verb == "finetune" else ("--lora_weights", adapter)
     line = line_of(verb, *words, "--output_dir", "new/out")

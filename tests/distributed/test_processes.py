@@ -15,8 +15,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from catalogue import launched
 from conftest import TORCHRUN
+from entries import launched
 from faults import kills, rank_faults
 from faults.kills import OPTIONS
 from faults.report import Report
@@ -213,9 +213,9 @@ def test_two_runs_of_the_same_processes(tmp_path, launcher, free_port):
     program.write_text(
         "import datetime, time, torch\n"
         "from accelerate import PartialState\n"
-        "from lora_alpaca.peers import group_of_this_run\n"
+        "from lora_alpaca.distributed.rendezvous import rendezvous\n"
         "for number in (1, 2, 3):\n"
-        "    state = PartialState(cpu=True, **group_of_this_run(datetime.timedelta(seconds=20 + number)))\n"
+        "    state = PartialState(cpu=True, **rendezvous(datetime.timedelta(seconds=20 + number)))\n"
         "    total = torch.tensor(number * (1 + state.process_index))\n"
         "    torch.distributed.all_reduce(total)\n"
         "    assert total == 3 * number\n"
@@ -242,7 +242,7 @@ def pair(monkeypatch, free_port):
     monkeypatch.setenv("MASTER_PORT", str(free_port))
     monkeypatch.setattr("lora_alpaca.distributed.heartbeat.TIMEOUT", 1.5)
     told = []
-    monkeypatch.setattr("lora_alpaca.peers.os.kill", lambda pid, number: told.append(number))
+    monkeypatch.setattr("os.kill", lambda pid, number: told.append(number))
     ranks = [Heartbeat(rank, 2) for rank in (0, 1)]
     ranks[0].told = told
     yield ranks

@@ -5,7 +5,7 @@ import pytest
 
 from lora_alpaca.config.shared import DataOptions
 from lora_alpaca.data import Rows, preparation
-from lora_alpaca.data.cache import cache_key, cached, keep
+from lora_alpaca.data.cache import KEPT, cache_key, cached, keep
 from lora_alpaca.data.encoding import Encoder
 from lora_alpaca.data.examples import IGNORED, Builder, Examples
 from lora_alpaca.data.preparation import prepare
@@ -271,11 +271,11 @@ def test_only_the_newest_are_kept_and_nothing_of_others_is_removed(job, tmp_path
     fresh = prepare(rows, encoder, options, set(), lambda done: None)
     cache = tmp_path / "cache"
     (cache / ("f" * 64)).mkdir(parents=True)  # a name like ours, and nothing of ours in it
-    for number in range(cache.KEPT + 3):
+    for number in range(KEPT + 3):
         keep(cache, f"{number:064}", fresh)
         os.utime(cache / f"{number:064}", (number, number))
     left = sorted(path.name for path in cache.iterdir())
-    assert left == [*(f"{number:064}" for number in range(3, cache.KEPT + 3)), "f" * 64]
+    assert left == [*(f"{number:064}" for number in range(3, KEPT + 3)), "f" * 64]
 
 
 def test_a_cache_that_cannot_be_written_is_none(job, tmp_path):
@@ -290,7 +290,7 @@ def test_a_second_run_finds_its_rows_prepared(data_path, tiny_llama, tmp_path, m
     from command import run
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(preparation, "CACHED_FROM", 10)
+    monkeypatch.setattr("lora_alpaca.data.cache.CACHED_FROM", 10)
     words = ["--base_model", tiny_llama, "--data_path", data_path, "--max_steps", 2, "--batch_size", 4, "--seed", 1]
     words += ["--load_8bit", "False", "--dtype", "fp32", "--cache_dir", "prepared"]
     first = run("finetune", *words)

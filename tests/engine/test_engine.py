@@ -141,7 +141,7 @@ def test_packs_that_were_asked_for_and_cannot_be():
 
 
 def test_a_resumed_run_does_not_check_again(monkeypatch):
-    monkeypatch.setattr("lora_alpaca.engine.sample", None)
+    monkeypatch.setattr("lora_alpaca.engine.fitting.sample", None)
     model, examples = make("Llama"), rows()
     with fit(model, settings(engine="packed", checked=True), examples) as (engine, _):
         assert engine.name == "packed"

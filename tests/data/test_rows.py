@@ -1,6 +1,5 @@
 """Files and hub datasets to conversations: exact texts, true places, a reason for everything that is wrong."""
 
-import csv
 import datetime
 import gzip
 import io
@@ -10,6 +9,7 @@ import os
 from pathlib import Path
 
 import pytest
+from forms import FORMS, as_csv, as_parquet
 
 from lora_alpaca.config.shared import DEMO
 from lora_alpaca.data import Rows, demo_file, held_out
@@ -44,30 +44,6 @@ def refusal(data_path, *arguments, **options):
     assert "\n" not in str(error.value)
     return str(error.value)
 
-
-def as_csv(rows):
-    table = io.StringIO()
-    writer = csv.DictWriter(table, rows[0].keys())
-    writer.writeheader()
-    writer.writerows(rows)
-    return table.getvalue().encode()
-
-
-def as_parquet(rows):
-    import pyarrow
-    import pyarrow.parquet
-
-    table = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), table)
-    return table.getvalue()
-
-
-FORMS = {
-    "rows.json": lambda rows: json.dumps(rows).encode(),
-    "rows.jsonl": lambda rows: "\n".join(map(json.dumps, rows)).encode(),
-    "rows.csv": as_csv,
-    "rows.parquet": as_parquet,
-}
 
 # ------------------------------------------------------------------------------------------------------- files
 

@@ -12,9 +12,10 @@ import resource
 from pathlib import Path
 
 import pytest
-from catalogue import ENTRIES, cases, entry
 from command import refused, run
+from entries import ENTRIES, cases, entry
 from faults import programme
+from forms import FORMS
 
 from lora_alpaca import FinetuneConfig, finetune
 from lora_alpaca.config.shared import DataOptions
@@ -109,7 +110,9 @@ def test_no_file(tmp_path, monkeypatch, number):
     def deny(path, mode):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("lora_alpaca.data.files.open", deny, raising=False)  # the superuser is permitted everything
+    monkeypatch.setattr(
+        "lora_alpaca.data.readers.files.open", deny, raising=False
+    )  # the superuser is permitted everything
     assert refused_data(written(tmp_path, LINE)).endswith("rows.json: Permission denied")
 
 
@@ -186,8 +189,6 @@ def test_extra_fields_are_listed_once(tmp_path, number, tiny_llama, monkeypatch)
 @entry("A21")
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.csv", "rows.parquet"])
 def test_dates_stay_text(tmp_path, number, name):
-    from test_data import FORMS
-
     texts = ["2023-01-01", "2023-01-01T00:00:00Z", "12:30", "1e5", "007", "true", "null"]
     path = written(tmp_path, FORMS[name]([ROW | {"output": text} for text in texts]), name)
     assert [row.answers for row in Rows(str(path))] == [[text] for text in texts]
@@ -257,10 +258,10 @@ def finetuned(data_path, base_model, *flags):
 
 
 def stopped_at_the_model(monkeypatch, data_path, base_model, *flags):
-    def load_base(*_):
+    def load(*_, **__):
         raise ModelError("enough")
 
-    monkeypatch.setattr("lora_alpaca.models.base.load_base", load_base)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", load)
     result = finetuned(data_path, base_model, *flags)
     assert (result.code, result.err) == (1, "error: enough\n")
     return result

@@ -205,7 +205,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def url(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Return the address of `python generate.py`, running."""
-    script = Path(__file__).parent.parent / "generate.py"
+    script = Path(__file__).parents[2] / "generate.py"
     model = ["--base_model", str(base), "--prompt_template", "alpaca", "--device", "cpu", "--dtype", "fp32"]
     server = subprocess.Popen(
         [sys.executable, str(script), *model, "--temperature", "0", "--max_new_tokens", "60"],

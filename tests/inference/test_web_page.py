@@ -18,7 +18,7 @@ gr = pytest.importorskip("gradio")
 
 from lora_alpaca.config import GenerateConfig  # noqa: E402
 from lora_alpaca.errors import ConfigError  # noqa: E402
-from lora_alpaca.inference import web_page
+from lora_alpaca.inference import web_page  # noqa: E402
 from lora_alpaca.models.base import demo_base  # noqa: E402
 
 SAMPLING = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "num_beams": 2, "max_new_tokens": 33}

@@ -15,11 +15,10 @@ from typing import ClassVar
 import psutil
 import pytest
 import torch
-from catalogue import ASK, SHORT, cases, entry, line_of
 from command import run
+from entries import ASK, SHORT, cases, entry, line_of
 
 from lora_alpaca.config import GenerateConfig
-from lora_alpaca.models import base
 from lora_alpaca.models.base import load_base, locate_base
 from lora_alpaca.models.device import DeviceSpec, choose_device
 from lora_alpaca.models.meta import memory_bytes, meta_model
@@ -63,7 +62,7 @@ def test_bitsandbytes_that_does_not_import(number, verb, broken, monkeypatch, he
     ],
 )
 def test_bf16_that_is_not_native(number, monkeypatch, device, asked, dtype, sentences):
-    monkeypatch.setattr(base, "has_bf16", lambda _: False)
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": False})
     spec, said = choose_device(GenerateConfig(dtype=asked), torch.device(device))
     assert (spec.dtype, said) == (dtype, sentences)
     assert {torch.float16: "fp16", torch.float32: "fp32"}[dtype] in str(spec)  # which a run says, in any case
