@@ -11,9 +11,12 @@ def help_text(config_class: type[Options]) -> str:
     groups: dict[str, list[str]] = {}
     for name, field in config_class.model_fields.items():
         extra: Any = field.json_schema_extra
-        default = extra["auto"] or _shown(field.default)
+        words = config_class.wording.get(name, {})
+        default = words.get("auto", extra["auto"]) or _shown(field.default)
         facts = "; ".join(part for part in (extra["unit"] and f"in {extra['unit']}", f"default: {default}") if part)
-        text = textwrap.fill(f"{field.description} [{facts}]", 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        text = textwrap.fill(
+            f"{words.get('help', field.description)} [{facts}]", 110, initial_indent=" " * 6, subsequent_indent=" " * 6
+        )
         groups.setdefault(extra["group"], []).append(f"  --{name} {type_name(config_class, name)}\n{text}")
     title = (config_class.__doc__ or "").splitlines()[0]
     return "\n\n".join([title, *(f"{group}\n" + "\n".join(lines) for group, lines in groups.items())])

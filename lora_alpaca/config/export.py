@@ -3,24 +3,23 @@
 from typing import ClassVar
 
 from lora_alpaca.config.options import Device, Dtype, Options, option
-from lora_alpaca.config.shared import ADAPTER_DIR, EXPORT_DIR
+from lora_alpaca.config.shared import ADAPTER_DIR, EXPORT_DIR, BaseModelOptions
 
 
-class ExportConfig(Options):
+class ExportConfig(BaseModelOptions):
     """Merge an adapter into its base and save an ordinary transformers model."""
 
-    base_model: str = option(
-        "",
-        "model and data",
-        "Base model: a folder, a hub id, or `demo`; the variable BASE_MODEL counts too.",
-        auto="the base that the adapter records",
-    )
-    revision: str | None = option(
-        None, "model and data", "Branch, tag or commit of the base model.", auto="the commit that the adapter records"
-    )
-    trust_remote_code: bool = option(
-        False, "model and data", "Run Python code that the base model's repository brings."
-    )
+    wording: ClassVar[dict[str, dict[str, str]]] = {
+        "base_model": {
+            "help": "Base model: a folder, a hub id, or `demo`; the variable BASE_MODEL counts too.",
+            "auto": "the base that the adapter records",
+        },
+        "revision": {
+            "help": "Branch, tag or commit of the base model.",
+            "auto": "the commit that the adapter records",
+        },
+    }
+
     lora_weights: str = option(ADAPTER_DIR, "model and data", "Adapter folder.")
     output_dir: str = option(EXPORT_DIR, "model and data", "Folder for the merged model.")
     prompt_template: str = option(

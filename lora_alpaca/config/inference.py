@@ -1,6 +1,6 @@
 """The options of generation."""
 
-from typing import Self
+from typing import ClassVar, Self
 
 from pydantic import model_validator
 
@@ -12,13 +12,14 @@ from lora_alpaca.errors import ConfigError
 class GenerateConfig(ModelOptions):
     """Answer instructions: once, in a terminal chat, or on a web page."""
 
-    load_8bit: bool | None = option(None, "precision", "Hold the base in 8 bits (LLM.int8).", auto="False")
-    base_model: str = option(
-        "",
-        "model and data",
-        "Base model, merged model, or `demo`; the variable BASE_MODEL counts too.",
-        auto="the base that the adapter records",
-    )
+    wording: ClassVar[dict[str, dict[str, str]]] = {
+        "load_8bit": {"help": "Hold the base in 8 bits (LLM.int8).", "auto": "False"},
+        "base_model": {
+            "help": "Base model, merged model, or `demo`; the variable BASE_MODEL counts too.",
+            "auto": "the base that the adapter records",
+        },
+    }
+
     lora_weights: str = option(
         "",
         "model and data",

@@ -7,10 +7,27 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from lora_alpaca.errors import ConfigError
 
+Decides = Literal["result", "shape", "engine", "nothing"]
 
-def option(default: Any, group: str, help: str, *, unit: str = "", auto: str = "", **checks: Any) -> Any:
-    """Return a pydantic field; `auto` says in words what a default of None means, `checks` are pydantic's own."""
-    return Field(default, description=help, json_schema_extra={"group": group, "unit": unit, "auto": auto}, **checks)
+
+def option(
+    default: Any,
+    group: str,
+    help: str,
+    *,
+    unit: str = "",
+    auto: str = "",
+    decides: Decides = "result",
+    same_if: str = "",
+    **checks: Any,
+) -> Any:
+    """Return a pydantic field; `auto` says in words what a default of None means, `checks` are pydantic's own.
+
+    `decides` is what another value changes in a run that is resumed: its result; the shape of its tensors too; the plan
+    of its engine too; or nothing. Two values of an option count as the same where the recorded fact `same_if` is equal.
+    """
+    extra = {"group": group, "unit": unit, "auto": auto, "decides": decides, "same_if": same_if}
+    return Field(default, description=help, json_schema_extra=extra, **checks)
 
 
 def _names(value: Any) -> Any:
@@ -34,10 +51,11 @@ AutoBool = Annotated[Literal["auto", "true", "false"], BeforeValidator(lambda va
 
 
 class Options(BaseModel):
-    """The base of the three configs: frozen, no unknown name, and one line for every mistake at once."""
+    """The base of every config: frozen, no unknown name, and one line for all mistakes at once."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False, protected_namespaces=())
-    positional: ClassVar[tuple[str, ...]] = ()  # the options that are also written without their name, in this order
+    positional: ClassVar[tuple[str, ...]] = ()  # options that are also written without their name, in this order
+    wording: ClassVar[dict[str, dict[str, str]]] = {}  # option -> `help` or `auto` of this command, for shared options
 
     def __init__(self, **options: Any):
         try:
@@ -66,3 +84,17 @@ class Options(BaseModel):
     def is_set(self, name: str) -> bool:
         """Return whether the user gave this option, rather than leaving it at its default."""
         return name in self.model_fields_set
+
+    @classmethod
+    def deciding(cls, *kinds: Decides) -> set[str]:
+        """Return the names of the options that decide one of these kinds of things."""
+        return {name for name, extra in cls._extras() if extra["decides"] in kinds}
+
+    @classmethod
+    def same_if(cls) -> dict[str, str]:
+        """Return option -> the recorded fact that identifies what the option names."""
+        return {name: extra["same_if"] for name, extra in cls._extras() if extra["same_if"]}
+
+    @classmethod
+    def _extras(cls) -> list[tuple[str, Any]]:
+        return [(name, field.json_schema_extra) for name, field in cls.model_fields.items()]

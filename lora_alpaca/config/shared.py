@@ -13,21 +13,30 @@ ADAPTER_DIR = "./lora-alpaca"
 EXPORT_DIR = "./hf_ckpt"
 
 
-class ModelOptions(Options):
-    """Which base model, on what device, in what precision: the same for training, generation and export."""
+class BaseModelOptions(Options):
+    """Which base model."""
 
     base_model: str = option(
-        "", "model and data", "Base model: a local folder, a hub id, or `demo` for the tiny model in the package."
+        "",
+        "model and data",
+        "Base model: a local folder, a hub id, or `demo` for the tiny model in the package.",
+        same_if="base_sha256",
     )
     revision: str | None = option(
         None,
         "model and data",
         "Branch, tag or commit of a base model from the hub; the commit is recorded.",
         auto="main",
+        same_if="base_sha256",
     )
     trust_remote_code: bool = option(
         False, "model and data", "Run Python code that the base model's repository brings."
     )
+
+
+class ModelOptions(BaseModelOptions):
+    """Which base model, on what device, in what precision: the same for training and generation."""
+
     load_8bit: bool | None = option(
         None, "precision", "Hold the frozen base in 8 bits (LLM.int8).", auto="see the docs"
     )
@@ -55,6 +64,7 @@ class DataOptions(Options):
         "Rows: a .json, .jsonl, .csv or .parquet file, each also .gz; a hub id, ID[:CONFIG][:SPLIT][@REVISION]; "
         "`demo`; or several with commas between.",
         auto=f"the demo data; {UPSTREAM_DATA} when --base_model is given",
+        same_if="data_sha256",
     )
     columns: Names | None = option(
         None, "data", "Names of the fields in the data: FIELD=COLUMN pairs, as in instruction=question.", auto="none"

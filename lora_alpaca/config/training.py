@@ -1,7 +1,7 @@
 """The options of training."""
 
 import math
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, model_validator
 
@@ -11,19 +11,25 @@ from lora_alpaca.config.shared import ADAPTER_DIR, DEMO, DataOptions, ModelOptio
 from lora_alpaca.errors import ConfigError
 from lora_alpaca.storage.paths import user_path
 
-RECORDED = ("base_revision", "base_sha256", "tokenizer_sha256", "precision", "ranks", "data_sha256", "prompt_template")
+# what a run is identified by besides its options: names in its record, for --allow_change
+RECORDED_FACTS = (
+    "base_revision", "base_sha256", "tokenizer_sha256", "precision", "ranks", "data_sha256", "prompt_template",
+)  # fmt: skip
 
 
 class FinetuneConfig(DataOptions, ModelOptions):
     """Train a LoRA adapter on instructions."""
 
-    load_8bit: bool | None = option(
-        None,
-        "precision",
-        "Hold the frozen base in 8 bits (LLM.int8); False leaves it unquantised.",
-        auto="True, unless --load_4bit",
+    wording: ClassVar[dict[str, dict[str, str]]] = {
+        "load_8bit": {
+            "help": "Hold the frozen base in 8 bits (LLM.int8); False leaves it unquantised.",
+            "auto": "True, unless --load_4bit",
+        },
+    }
+
+    output_dir: str = option(
+        ADAPTER_DIR, "model and data", "Folder for the adapter and its checkpoints.", decides="nothing"
     )
-    output_dir: str = option(ADAPTER_DIR, "model and data", "Folder for the adapter and its checkpoints.")
     val_set_size: Finite | None = option(
         None,
         "data",
@@ -33,19 +39,38 @@ class FinetuneConfig(DataOptions, ModelOptions):
         ge=0,
     )
     max_truncated: Finite | None = option(
-        None, "data", "Largest share of rows that may be truncated; more is an error.", auto="no limit", ge=0, le=1
+        None,
+        "data",
+        "Largest share of rows that may be truncated; more is an error.",
+        auto="no limit",
+        ge=0,
+        le=1,
+        decides="nothing",
     )
     max_dropped: Finite | None = option(
-        None, "data", "Largest share of rows that may be dropped, for whatever reason.", auto="no limit", ge=0, le=1
+        None,
+        "data",
+        "Largest share of rows that may be dropped, for whatever reason.",
+        auto="no limit",
+        ge=0,
+        le=1,
+        decides="nothing",
     )
     max_duplicates: Finite | None = option(
-        None, "data", "Largest share of rows that may be exact doubles of others.", auto="no limit", ge=0, le=1
+        None,
+        "data",
+        "Largest share of rows that may be exact doubles of others.",
+        auto="no limit",
+        ge=0,
+        le=1,
+        decides="nothing",
     )
     cache_dir: str = option(
         "",
         "data",
         "Folder for prepared rows, used again when nothing has changed; `none` keeps none.",
         auto="lora_alpaca in $XDG_CACHE_HOME or ~/.cache, for 5000 rows or more",
+        decides="nothing",
     )
 
     batch_size: int = option(128, "training", "Rows per optimizer step, over all devices.", unit="rows", ge=1)
@@ -79,9 +104,16 @@ class FinetuneConfig(DataOptions, ModelOptions):
         "auto",
         "training",
         "How rows are computed: packed (without padding) or padded; auto packs where the model is found able to.",
+        decides="engine",
     )
     token_budget: int | None = option(
-        None, "training", "Most tokens in a pack.", unit="tokens", auto="2048 on a CPU, by memory on a GPU", ge=1
+        None,
+        "training",
+        "Most tokens in a pack.",
+        unit="tokens",
+        auto="2048 on a CPU, by memory on a GPU",
+        ge=1,
+        decides="engine",
     )
     share_prefix: bool = option(
         True,
@@ -89,23 +121,30 @@ class FinetuneConfig(DataOptions, ModelOptions):
         "Compute what rows of a pack begin with, such as the template's preamble, once; they share its dropout too.",
     )
     compile: AutoBool = option(
-        "auto", "training", "Compile norms, gates and loss with torch.compile: auto (on long runs), True or False."
+        "auto",
+        "training",
+        "Compile norms, gates and loss with torch.compile: auto (on long runs), True or False.",
+        decides="engine",
     )
     gradient_checkpointing: AutoBool = option(
-        "auto", "training", "Recompute activations in the backward pass to save memory: auto, True or False."
+        "auto",
+        "training",
+        "Recompute activations in the backward pass to save memory: auto, True or False.",
+        decides="engine",
     )
     seed: int = option(42, "training", "Seed of the split, the order, the initial weights and dropout.", ge=0, lt=2**32)
 
-    lora_r: int = option(8, "LoRA", "Rank of the adapter.", ge=1)
+    lora_r: int = option(8, "LoRA", "Rank of the adapter.", ge=1, decides="shape")
     lora_alpha: Finite = option(16, "LoRA", "Scale of the adapter: the update is multiplied by alpha / r.", gt=0)
     lora_dropout: Finite = option(0.05, "LoRA", "Dropout before the adapter.", ge=0, lt=1)
     lora_target_modules: Names = option(
         ["q_proj", "v_proj"],
         "LoRA",
         "Modules that get an adapter: names, or all-linear. Unless given, what the architecture calls q and v.",
+        decides="shape",
     )
     use_rslora: bool = option(False, "LoRA", "Scale by alpha / sqrt(r) instead (arXiv:2312.03732).")
-    use_dora: bool = option(False, "LoRA", "Learn magnitude and direction apart (arXiv:2402.09353).")
+    use_dora: bool = option(False, "LoRA", "Learn magnitude and direction apart (arXiv:2402.09353).", decides="shape")
     init_adapter: str | None = option(
         None, "LoRA", "Start from the weights of this adapter folder, with a fresh optimizer.", auto="a new adapter"
     )
@@ -119,11 +158,19 @@ class FinetuneConfig(DataOptions, ModelOptions):
         ge=1,
     )
     save_steps: int | None = option(
-        None, "progress and saving", "Write a checkpoint every so many steps.", unit="steps", auto="200", ge=1
+        None,
+        "progress and saving",
+        "Write a checkpoint every so many steps.",
+        unit="steps",
+        auto="200",
+        ge=1,
+        decides="nothing",
     )
-    logging_steps: int = option(10, "progress and saving", "Report the loss every so many steps.", unit="steps", ge=1)
+    logging_steps: int = option(
+        10, "progress and saving", "Report the loss every so many steps.", unit="steps", ge=1, decides="nothing"
+    )
     save_total_limit: int = option(
-        3, "progress and saving", "Checkpoints kept; the oldest go first.", unit="folders", ge=1
+        3, "progress and saving", "Checkpoints kept; the oldest go first.", unit="folders", ge=1, decides="nothing"
     )
     early_stopping_patience: int | None = option(
         None,
@@ -133,33 +180,54 @@ class FinetuneConfig(DataOptions, ModelOptions):
         auto="never",
         ge=1,
     )
-    resume: bool = option(False, "progress and saving", "Go on from the newest checkpoint in --output_dir.")
+    resume: bool = option(
+        False, "progress and saving", "Go on from the newest checkpoint in --output_dir.", decides="nothing"
+    )
     resume_from_checkpoint: str | None = option(
-        None, "progress and saving", "Go on from this checkpoint folder.", auto="none"
+        None, "progress and saving", "Go on from this checkpoint folder.", auto="none", decides="nothing"
     )
     allow_change: Names | None = option(
-        None, "progress and saving", "What may differ from the run that is resumed, by name.", auto="nothing"
+        None,
+        "progress and saving",
+        "What may differ from the run that is resumed, by name.",
+        auto="nothing",
+        decides="nothing",
     )
-    overwrite: bool = option(False, "progress and saving", "Remove what an earlier run of ours left in --output_dir.")
+    overwrite: bool = option(
+        False, "progress and saving", "Remove what an earlier run of ours left in --output_dir.", decides="nothing"
+    )
     on_nonfinite: Literal["stop", "skip"] = option(
-        "stop", "progress and saving", "At a loss or gradient of NaN or infinity: stop, or skip the step (ten at most)."
+        "stop",
+        "progress and saving",
+        "At a loss or gradient of NaN or infinity: stop, or skip the step (ten at most).",
+        decides="nothing",
     )
     on_oom: Literal["stop", "shrink"] = option(
-        "stop", "progress and saving", "Out of memory: stop, or go on with packs or micro-batches of half the size."
+        "stop",
+        "progress and saving",
+        "Out of memory: stop, or go on with packs or micro-batches of half the size.",
+        decides="nothing",
     )
     rank_timeout: int = option(
-        1800, "progress and saving", "How long processes wait for one of them that hangs.", unit="seconds", ge=1
+        1800,
+        "progress and saving",
+        "How long processes wait for one of them that hangs.",
+        unit="seconds",
+        ge=1,
+        decides="nothing",
     )
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = option(
-        "none", "progress and saving", "Also send the figures to tensorboard, wandb or trackio."
+        "none", "progress and saving", "Also send the figures to tensorboard, wandb or trackio.", decides="nothing"
     )
-    wandb_project: str = option("", "progress and saving", "Weights & Biases project; naming one turns wandb on.")
-    wandb_run_name: str = option("", "progress and saving", "Weights & Biases run name.")
+    wandb_project: str = option(
+        "", "progress and saving", "Weights & Biases project; naming one turns wandb on.", decides="nothing"
+    )
+    wandb_run_name: str = option("", "progress and saving", "Weights & Biases run name.", decides="nothing")
     wandb_watch: Annotated[Literal["", "false", "gradients", "all"], BeforeValidator(lower)] = option(
-        "", "progress and saving", "What wandb watches of the adapter: false, gradients or all."
+        "", "progress and saving", "What wandb watches of the adapter: false, gradients or all.", decides="nothing"
     )
     wandb_log_model: Annotated[Literal["", "false", "true"], BeforeValidator(lower)] = option(
-        "", "progress and saving", "Whether wandb keeps the finished adapter: false or true."
+        "", "progress and saving", "Whether wandb keeps the finished adapter: false or true.", decides="nothing"
     )
 
     @model_validator(mode="after")
@@ -171,7 +239,7 @@ class FinetuneConfig(DataOptions, ModelOptions):
                 "--resume takes the newest checkpoint, --resume_from_checkpoint a named one; give one of them"
             )
         for name in self.allow_change or []:
-            if name not in {*type(self).model_fields, *RECORDED}:
+            if name not in {*type(self).model_fields, *RECORDED_FACTS}:
                 raise ConfigError(f"--allow_change {name}: no such name; the refusal to resume lists them")
         if self.allow_change and not (self.resume or self.resume_from_checkpoint):
             raise ConfigError("--allow_change is for a run that is resumed; say --resume too")

@@ -1,17 +1,20 @@
 """The options of showing rows."""
 
+from typing import ClassVar
+
 from lora_alpaca.config.options import Names, option
-from lora_alpaca.config.shared import DataOptions
+from lora_alpaca.config.shared import BaseModelOptions, DataOptions
 
 
-class ShowConfig(DataOptions):
+class ShowConfig(DataOptions, BaseModelOptions):
     """Show rows as the tokens that training sees: which are learned, which are not, and what was lost."""
 
-    base_model: str = option(
-        "", "model and data", "Model whose tokenizer is used: a folder, a hub id, or `demo`.", auto="demo"
-    )
-    revision: str | None = option(None, "model and data", "Branch, tag or commit of a model from the hub.", auto="main")
-    trust_remote_code: bool = option(False, "model and data", "Run Python code that the model's repository brings.")
+    wording: ClassVar[dict[str, dict[str, str]]] = {
+        "base_model": {"help": "Model whose tokenizer is used: a folder, a hub id, or `demo`.", "auto": "demo"},
+        "revision": {"help": "Branch, tag or commit of a model from the hub.", "auto": "main"},
+        "trust_remote_code": {"help": "Run Python code that the model's repository brings."},
+    }
+
     row: Names = option(["1"], "what to show", "Which rows: their numbers in the order of the data, from 1.")
     html: str | None = option(
         None,
