@@ -13,12 +13,12 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lora_alpaca._version import __version__
+
 # All are read while other libraries are imported, so they stand here.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # not a line for every try to connect: how it ended is told
 logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # it urges to install `kernels`, which fetches code
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "AdapterError": "errors",

@@ -1,53 +1,55 @@
-"""Signals: the first one ends the work at the next good moment, the second one at once.
+"""Signals: the first one ends the work at the next safe moment, the second one at once.
 
 SIGINT (Ctrl-C), SIGTERM (a batch system, torchrun) and SIGHUP (a lost connection) mean the same. While a run trains,
-the step under way is finished and a checkpoint written; everywhere else there is nothing to finish.
+the current step is finished and a checkpoint is written; everywhere else the work ends where it is.
 """
 
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-GRACE = 10.0  # seconds in which the step under way may end by itself
+GRACE = 10.0  # seconds in which the current step may finish
 SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 )  # Windows has no SIGHUP
-# torchrun passes on the Ctrl-C that the terminal has sent to its workers already; that is not a second one
+# torchrun relays the Ctrl-C that the terminal has sent to its workers already; the relayed one is no second signal
 RELAY_WINDOW = 2.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0  # seconds
 
 
 class Interrupted(KeyboardInterrupt):
     """The signal named `signal` ended the work. The text says what is saved; the process exits with `exit_code`."""
 
-    def __init__(self, number: int, said: str = ""):
-        super().__init__(said or "nothing was written")
+    def __init__(self, number: int, message: str = ""):
+        super().__init__(message or "nothing was written")
         self.signal, self.exit_code = signal.Signals(number).name, 128 + number
 
 
 class StepAbandoned(Exception):
-    """The step under way was given up; nothing had been moved by it."""
+    """The current step was given up before it changed anything."""
 
 
 class Stop:
     """Whether a signal has asked this process to stop. `asked` is its number, or 0."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self, grace: float = GRACE, relay_window: float = RELAY_WINDOW, exit: Callable[[int], Any] = os._exit
+    ) -> None:
         self.asked, self._since = 0, 0.0
-        self._patient = False
-        self._may_abandon = False
-        self._grace: float | None = None  # GRACE, unless told otherwise
+        self._grace, self._relay_window, self._exit = grace, relay_window, exit
+        self._deferred = False
+        self._interruptible = False
 
     def __bool__(self) -> bool:
         return bool(self.asked)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Turn signals into Interrupted within this context; of a thread that is not the main one, no signals come."""
+        """Turn signals into Interrupted within this context; only the main thread receives signals."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -60,36 +62,36 @@ class Stop:
                 signal.signal(number, handler)
 
     @contextmanager
-    def patient(self) -> Iterator[None]:
-        """Within this context a signal only sets `asked`: the one who works here looks at it."""
-        self._patient = True
+    def deferred(self) -> Iterator[None]:
+        """Let a signal only set `asked` within this context, which the training loop checks between steps."""
+        self._deferred = True
         try:
             yield
         finally:
-            self._patient = False
+            self._deferred = False
 
     @contextmanager
-    def may_abandon(self) -> Iterator[None]:
-        """Within this context, what takes longer than GRACE after a signal is ended with StepAbandoned."""
-        self._may_abandon = True
+    def interruptible(self) -> Iterator[None]:
+        """End what takes longer than the grace after a signal, within this context, with StepAbandoned."""
+        self._interruptible = True
         try:
             yield
         finally:
-            self._may_abandon = False
+            self._interruptible = False
 
-    def hurry(self) -> None:
-        """Let the next signal give up at once what may be abandoned: it is in vain."""
+    def shorten_grace(self) -> None:
+        """Give up interruptible work at once at the next signal: its result is lost already."""
         self._grace = 0.1
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and time.monotonic() - self._since > RELAY_WINDOW:  # at once: what is on the disk is always whole
-            os._exit(128 + number)
+        if self.asked and time.monotonic() - self._since > self._relay_window:
+            self._exit(128 + number)  # at once: what is on the disk is always whole
         if self.asked:
             return
         self.asked, self._since = number, time.monotonic()
-        if not self._patient:
+        if not self._deferred:
             raise Interrupted(number)
-        self._set_alarm(GRACE if self._grace is None else self._grace)
+        self._set_alarm(self._grace)
 
     def _set_alarm(self, seconds: float) -> None:
         if hasattr(signal, "setitimer"):
@@ -99,6 +101,6 @@ class Stop:
                 signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
     def _on_alarm(self, *_: Any) -> None:
-        if self._may_abandon:
-            self._may_abandon = False
+        if self._interruptible:
+            self._interruptible = False
             raise StepAbandoned

@@ -71,7 +71,7 @@ def test_what_the_wheel_says_of_itself(wheel):
         said = archive.read(info).decode()
         scripts = archive.read(info.replace("METADATA", "entry_points.txt")).decode()
         assert info.replace("METADATA", "licenses/LICENSE") in archive.namelist()
-    version = re.search(r'__version__ = "(.+)"', (ROOT / "lora_alpaca" / "__init__.py").read_text())
+    version = re.search(r'__version__ = "(.+)"', (ROOT / "lora_alpaca" / "_version.py").read_text())
     assert f"Version: {version[1]}\n" in said
     assert "License-Expression: Apache-2.0\n" in said
     assert "lora-alpaca = lora_alpaca.cli:main" in scripts

@@ -23,12 +23,12 @@ from lora_alpaca.models.lora import (
     CONFIG,
     PICKLE,
     WEIGHTS,
-    State,
     require_same_tensors,
     set_state,
     with_lora,
 )
 from lora_alpaca.models.meta import meta_model
+from lora_alpaca.models.trainable import State
 from lora_alpaca.models.weights import as_safetensors, weights_damage
 from lora_alpaca.storage import atomic, output_folder
 from lora_alpaca.storage.paths import files_below, read_json, sha256, user_path

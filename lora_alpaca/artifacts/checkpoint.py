@@ -21,7 +21,8 @@ import torch
 from safetensors.torch import load_file
 
 from lora_alpaca.errors import CheckpointError, ConfigError, TrainingError
-from lora_alpaca.models.lora import CONFIG, WEIGHTS, State
+from lora_alpaca.models.lora import CONFIG, WEIGHTS
+from lora_alpaca.models.trainable import State
 from lora_alpaca.models.weights import as_safetensors
 from lora_alpaca.storage import atomic, output_folder
 from lora_alpaca.storage.output_folder import MANIFEST
@@ -37,7 +38,7 @@ class Checkpoint:
     """The contents of a checkpoint: tensors by group, and the facts that fit into JSON."""
 
     facts: dict[str, Any]
-    adapter: State
+    weights: State
     optimizer: State
     best: State = field(default_factory=dict)
 
@@ -48,14 +49,14 @@ def save(output_dir: Path, run: str, checkpoint: Checkpoint, settings: dict[str,
     Raises TrainingError, before anything is written, if a tensor in it is not finite, and OSError.
     """
     step = checkpoint.facts["step"]
-    for name, tensor in (checkpoint.adapter | checkpoint.optimizer).items():
+    for name, tensor in (checkpoint.weights | checkpoint.optimizer).items():
         if not torch.isfinite(tensor).all():
             raise TrainingError(
                 f"step {step}: {name} is no longer finite, so no checkpoint is made of it; lower --learning_rate and "
                 "go on from the one before with --resume --allow_change learning_rate"
             )
     contents = {
-        WEIGHTS: as_safetensors(checkpoint.adapter),
+        WEIGHTS: as_safetensors(checkpoint.weights),
         CONFIG: atomic.as_json(settings),
         OPTIMIZER: as_safetensors(checkpoint.optimizer),
         STATE: atomic.as_json(checkpoint.facts),
@@ -75,15 +76,16 @@ def save(output_dir: Path, run: str, checkpoint: Checkpoint, settings: dict[str,
     return folder
 
 
-def rotate(output_dir: Path, run: str, keep: int) -> None:
-    """Remove the oldest checkpoints of a run beyond `keep`, by step number; nobody else's are touched.
+def rotate(output_dir: Path, run: str, keep: int, spare: int | None = None) -> None:
+    """Remove the oldest checkpoints of a run beyond `keep`, by step number, but not that of step `spare`.
 
     What could not be removed before is tried again. Raises OSError.
     """
     remove_leftovers(output_dir)
     ours = [folder for folder in _folders(output_dir) if _run(folder) == run]
     for folder in ours[keep:]:
-        remove(folder)
+        if _step(folder) != spare:
+            remove(folder)
 
 
 def remove(folder: Path) -> None:
@@ -194,7 +196,14 @@ def load(folder: Path) -> Checkpoint:
     best = folder / BEST
     return Checkpoint(
         facts=json.loads((folder / STATE).read_text(encoding="utf-8")),
-        adapter=load_file(folder / WEIGHTS),
+        weights=load_file(folder / WEIGHTS),
         optimizer=load_file(folder / OPTIMIZER),
         best=load_file(best) if best.is_file() else {},
     )
+
+
+def weights_of(folder: Path) -> State:
+    """Return the trained tensors of a checkpoint. Raises CheckpointError where it is not whole."""
+    if reason := verify(folder):
+        raise CheckpointError(f"{folder}: {reason}")
+    return load_file(folder / WEIGHTS)

@@ -1,6 +1,6 @@
-"""What an adapter folder remembers, so that nothing has to be said twice: base, template, options, versions.
+"""The record of a run, `lora_alpaca.json`: base, template, options, versions and hashes, and the result at the end.
 
-`lora_alpaca.json` holds it all. Generation and export read it; resuming compares it.
+Generation and export read it; resuming compares it.
 """
 
 import importlib.metadata
@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_alpaca import __version__
+from lora_alpaca._version import __version__
 from lora_alpaca.config import FinetuneConfig
+from lora_alpaca.config.training import RECORDED_FACTS
 from lora_alpaca.data.statistics import Statistics
 from lora_alpaca.models.base import Base
 from lora_alpaca.models.device import DeviceSpec
@@ -18,23 +19,11 @@ from lora_alpaca.prompts import AnyTemplate
 from lora_alpaca.storage import output_folder
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers")
-NOT_THE_RUN = {  # options that change what is shown or where, but no weight
-    "output_dir", "resume", "resume_from_checkpoint", "overwrite", "logging_steps", "save_steps", "save_total_limit",
-    "cache_dir", "max_truncated", "max_dropped", "max_duplicates", "report_to", "wandb_project", "wandb_run_name",
-    "wandb_watch", "wandb_log_model",
-    "allow_change", "on_nonfinite", "on_oom", "rank_timeout",
-}  # fmt: skip
-
-PATHS = {  # where files are, which does not matter as long as they are the same files
-    "base_sha256": ("base_model", "base_revision", "revision"),
-    "data_sha256": ("data_path",),
-}
-THE_RUN = ("base_model", "base_revision", "base_sha256", "tokenizer_sha256", "precision", "ranks", "data_sha256")
 
 
 @dataclass
 class RunResult:
-    """What a finished training run gives back.
+    """The result of a training run.
 
     `validation_loss` (of the adapter that was kept) and `first_validation_loss` (before the first step) are means per
     learned token, None without a validation split. `history` has a dict per logging interval and per validation.
@@ -52,51 +41,55 @@ class RunResult:
 def describe(
     config: FinetuneConfig,
     base: Base,
-    base_sha256: str,
-    template: AnyTemplate,
-    tokenizer_sha256: str,
     spec: DeviceSpec,
+    template: AnyTemplate,
+    statistics: Statistics,
     world_size: int,
-    data_sha256: str,
-    ledger: Statistics,
+    hashes: dict[str, str],
 ) -> dict[str, Any]:
-    """Return the record of a run that begins: everything that decides its result."""
+    """Return the record of a run that begins: everything that decides its result.
+
+    `hashes` are sha256 of base, tokenizer and data, under the names that the record has for them.
+    """
     return {
         "kind": "adapter",
         "status": "running",
         "run": secrets.token_hex(8),
         "base_model": base.name,
         "base_revision": base.revision,
-        "base_sha256": base_sha256,
         "template": template.to_json(),
-        "tokenizer_sha256": tokenizer_sha256,
         "precision": str(spec),
         "ranks": world_size,
-        "data_sha256": data_sha256,
-        "ledger": ledger.to_json(),
+        "ledger": statistics.to_json(),
         "options": config.model_dump(),
-        "said": sorted(config.model_fields_set),
+        "said": sorted(config.model_fields_set),  # the options that the user set
         "versions": versions(),
-    }
+    } | hashes
 
 
 def differences(stored: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return name -> (before, now) of everything that makes a resumed run another run."""
+    """Return name -> (before, now) of everything that makes a resumed run another run.
 
-    def decisive(record: dict[str, Any]) -> dict[str, Any]:
-        facts = {key: record.get(key) for key in THE_RUN}
-        template = {key: value for key, value in record["template"].items() if key not in ("name", "description")}
-        options = {key: value for key, value in record["options"].items() if key not in NOT_THE_RUN}
-        return options | facts | {"prompt_template": template}
-
-    before, after = decisive(stored), decisive(now)
-    moved = {place for contents, places in PATHS.items() if before[contents] == after[contents] for place in places}
+    A path or an id may differ, as long as the recorded hash of what it names is equal.
+    """
+    before, after = _identity(stored), _identity(now)
+    identified = FinetuneConfig.same_if() | {"base_revision": "base_sha256"}
+    same = {name for name, fact in identified.items() if before[fact] == after[fact]}
     changed = {key: (value, after.get(key)) for key, value in before.items() if value != after.get(key)}
-    return {key: values for key, values in changed.items() if key not in moved}
+    return {key: values for key, values in changed.items() if key not in same}
+
+
+def _identity(record: dict[str, Any]) -> dict[str, Any]:
+    """Return what a run is identified by: the options that decide something, and recorded facts."""
+    ignored = FinetuneConfig.deciding("nothing")
+    options = {key: value for key, value in record["options"].items() if key not in ignored}
+    facts = {key: record.get(key) for key in ("base_model", *RECORDED_FACTS) if key != "prompt_template"}
+    template = {key: value for key, value in record["template"].items() if key not in ("name", "description")}
+    return options | facts | {"prompt_template": template}
 
 
 def finished_run(output_dir: Path) -> RunResult:
-    """Return the result that a finished folder remembers."""
+    """Return the result that the record of a finished folder holds."""
     return RunResult(output_dir, **output_folder.read_record(output_dir)["result"])
 
 

@@ -66,7 +66,7 @@ def _run(words: list[str]) -> None:
     if not words or words[0] in ("-h", "--help"):
         return print(overview({name: verb.config for name, verb in VERBS.items()}))
     if words[0] == "--version":
-        from lora_alpaca import __version__
+        from lora_alpaca._version import __version__
 
         return print(__version__)
     name, flags = words[0], words[1:]

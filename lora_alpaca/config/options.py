@@ -26,7 +26,7 @@ def option(
     `decides` is what another value changes in a run that is resumed: its result; the shape of its tensors too; the plan
     of its engine too; or nothing. Two values of an option count as the same where the recorded fact `same_if` is equal.
     """
-    extra = {"group": group, "unit": unit, "auto": auto, "decides": decides, "same_if": same_if}
+    extra: dict[str, Any] = {"group": group, "unit": unit, "auto": auto, "decides": decides, "same_if": same_if}
     return Field(default, description=help, json_schema_extra=extra, **checks)
 
 

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from lora_alpaca import __version__
+from lora_alpaca._version import __version__
 from lora_alpaca.config.shared import DataOptions
 from lora_alpaca.data import Rows
 from lora_alpaca.data.encoding import Encoder

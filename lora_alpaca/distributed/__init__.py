@@ -1,3 +1,5 @@
-"""The processes of a run: how they meet (`rendezvous`), which of them is alive (`heartbeat`), and what they compute
-together (`world`).
+"""The processes of a run.
+
+`rendezvous` is how they meet, `heartbeat` which of them is alive and who failed, `world` what they agree on and
+`strategy` how a model is spread over them.
 """

@@ -13,7 +13,8 @@ from lora_alpaca.artifacts import adapter_folder
 from lora_alpaca.config import ConvertConfig
 from lora_alpaca.errors import AdapterError, FolderError
 from lora_alpaca.models import lora
-from lora_alpaca.models.lora import CONFIG, PICKLE, WEIGHTS, State
+from lora_alpaca.models.lora import CONFIG, PICKLE, WEIGHTS
+from lora_alpaca.models.trainable import State
 from lora_alpaca.models.weights import as_safetensors
 from lora_alpaca.storage import atomic, output_folder
 from lora_alpaca.storage.paths import user_path

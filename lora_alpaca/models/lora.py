@@ -13,10 +13,10 @@ from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.errors import AdapterError, ModelError
 from lora_alpaca.models.base import Base
 from lora_alpaca.models.meta import is_linear
+from lora_alpaca.models.trainable import State
 
 PICKLE = "adapter_model.bin"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # the names that PEFT reads
-State = dict[str, torch.Tensor]
 
 
 def attach(model: Any, config: FinetuneConfig, base: Base) -> PeftModel:
@@ -129,3 +129,25 @@ def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
 def lora_layers(model: PeftModel) -> list[LoraLayer]:
     """Return the layers that carry an adapter."""
     return [part for part in model.modules() if isinstance(part, LoraLayer)]
+
+
+class LoraAdapter:
+    """The adapter of a PEFT model, as what is trained of it (see `Trainable`)."""
+
+    kind = "adapter"
+
+    def __init__(self, model: PeftModel):
+        self.model = model
+        self.parameters = trainable_parameters(model)
+
+    def state(self) -> State:
+        """Return the adapter's tensors on the CPU."""
+        return state(self.model)
+
+    def load_state(self, tensors: State, where: str) -> None:
+        """Put tensors into the adapter; AdapterError unless names and shapes are exactly the adapter's own."""
+        set_state(self.model, tensors, where)
+
+    def config(self) -> dict[str, Any]:
+        """Return the content of adapter_config.json."""
+        return peft_config(self.model)

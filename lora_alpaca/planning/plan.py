@@ -1,9 +1,9 @@
-"""The automatic choices of a run, each made once, before the first step, and used again when the run is resumed."""
+"""The automatic choices of a run, each made once for all ranks, before the base is loaded, and kept when it resumes."""
 
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -11,13 +11,19 @@ import torch
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.config.shared import DEMO, UPSTREAM_DATA
 from lora_alpaca.data.sampler import steps_per_epoch
+from lora_alpaca.distributed.world import World
 from lora_alpaca.models.base import demo_base
-from lora_alpaca.training.progress import Progress
+from lora_alpaca.planning import estimate
+from lora_alpaca.planning.estimate import Estimate, ModelSize
+
+CPU_TOKENS = 2048  # a pack on a CPU, where more would only take memory, and the smallest on a GPU
+MOST_TOKENS = 16384  # the largest on a GPU
+COMPILE_FROM = {"cpu": 3e13, "cuda": 3e15}  # parameters x tokens of a run from which compiling pays for itself
 
 
 @dataclass
 class Plan:
-    """What was chosen. It is printed, and travels in the checkpoints."""
+    """The choices. The plan is printed, and saved in the checkpoints."""
 
     total_steps: int
     warmup_steps: int
@@ -36,7 +42,7 @@ class Plan:
         )
 
     def learning_rate(self, step: int, config: FinetuneConfig) -> float:
-        """Return the rate of a step, counted from 0: up in a line, then as --lr_scheduler says."""
+        """Return the rate of a step, counted from 0: a linear warm-up, then as --lr_scheduler says."""
         if step < self.warmup_steps:
             return config.learning_rate * (step + 1) / self.warmup_steps
         done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
@@ -44,13 +50,14 @@ class Plan:
         return config.learning_rate * factors[config.lr_scheduler]
 
 
-def fill_defaults(config: FinetuneConfig, world_size: int, reporter: Progress) -> FinetuneConfig:
-    """Return the config with base and data named, and the demo base's own values where the user said nothing."""
+def fill_defaults(config: FinetuneConfig, world_size: int) -> tuple[FinetuneConfig, list[str]]:
+    """Return the config with base, data and the demo base's own values filled in where the user set none; and notes."""
     chosen: dict[str, Any] = {}
+    notes = []
     if not config.base_model:
         chosen["base_model"] = DEMO
         if config.data_path:
-            reporter.say("no --base_model given: using the tiny demo model in the package")
+            notes.append("no --base_model given: using the tiny demo model in the package")
     if not config.data_path:
         chosen["data_path"] = UPSTREAM_DATA if config.base_model not in ("", DEMO) else DEMO
     if chosen.get("base_model", config.base_model) == DEMO:
@@ -61,13 +68,19 @@ def fill_defaults(config: FinetuneConfig, world_size: int, reporter: Progress) -
         if "micro_batch_size" in recipe:  # a default as any other: it gives way to the batch size and the ranks
             share = recipe.get("batch_size", config.batch_size) // world_size
             recipe["micro_batch_size"] = math.gcd(recipe["micro_batch_size"], share)
-        reporter.say("demo recipe: " + ", ".join(f"{name} {value}" for name, value in recipe.items()))
+        notes.append("demo recipe: " + ", ".join(f"{name} {value}" for name, value in recipe.items()))
         chosen |= recipe
-    return FinetuneConfig(**{name: getattr(config, name) for name in config.model_fields_set} | chosen)
+    return FinetuneConfig(**{name: getattr(config, name) for name in config.model_fields_set} | chosen), notes
 
 
-def resolve(config: FinetuneConfig, rows: int, world_size: int) -> Plan:
-    """Return the plan for so many rows on so many devices, as said or by default."""
+def resolve(config: FinetuneConfig, lengths: Sequence[int], size: ModelSize, world: World) -> Plan:
+    """Return the config with base, data and the demo base's recipe filled in where the user set nothing; and notes."""
+    plan = resolve_steps(config, len(lengths), world.world_size)
+    return resolve_engine(plan, config, lengths, size, world)
+
+
+def resolve_steps(config: FinetuneConfig, rows: int, world_size: int) -> Plan:
+    """Return the plan for so many rows on so many ranks, its engine still to be chosen."""
     total = config.max_steps or math.ceil(config.num_epochs * steps_per_epoch(rows, config.batch_size))
     warmup = min(100, math.ceil(total / 10)) if config.warmup_steps is None else config.warmup_steps
     return Plan(
@@ -79,36 +92,61 @@ def resolve(config: FinetuneConfig, rows: int, world_size: int) -> Plan:
     )
 
 
-ENGINE_OPTIONS = {"engine", "token_budget", "compile", "gradient_checkpointing"}  # that `resolve_engine` looks at
-CPU_TOKENS = 2048  # a pack on a CPU, where more would only take memory, and the smallest on a GPU
-MOST_TOKENS = 16384  # the largest on a GPU
-SLOW_WORK = {"cpu": 3e13, "cuda": 3e15}  # parameters x tokens of a run from which compiling pays for itself
+def resolve_engine(plan: Plan, config: FinetuneConfig, lengths: Sequence[int], size: ModelSize, world: World) -> Plan:
+    """Return the plan with its engine chosen for the least free memory of all ranks."""
+    free = world.least(estimate.free_bytes(world.device, size))
+    return world.broadcast(lambda: choose_engine(plan, config, lengths, size, world.device, free, world.world_size))
 
 
-def resolve_engine(
-    config: FinetuneConfig, plan: Plan, model: Any, device: torch.device, lengths: Sequence[int], world_size: int
-) -> None:
-    """Choose, into the plan, the token budget of a pack, whether to compile, and whether to recompute activations.
+def choose_engine(
+    plan: Plan,
+    config: FinetuneConfig,
+    lengths: Sequence[int],
+    size: ModelSize,
+    device: torch.device,
+    free: int,
+    world_size: int,
+) -> Plan:
+    """Return the plan with the token budget of a pack, whether to compile, and whether to recompute activations.
 
-    Activations take about 34 bytes a token, layer and unit of width (arXiv:2205.05198, for attention that keeps no
-    score matrix). On CUDA a pack may take half of what is free; below 2048 tokens, activations are recomputed.
+    On CUDA a pack may take half of the `free` bytes; below 2048 tokens, activations are recomputed.
     """
-    shape = model.config.get_text_config()
-    per_token = 34 * shape.num_hidden_layers * shape.hidden_size
-    tokens_a_step = math.ceil(sum(lengths) / len(lengths) * config.batch_size)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
-    budget = max(CPU_TOKENS, min(MOST_TOKENS, free // 2 // per_token))
-    plan.token_budget = config.token_budget or min(budget, math.ceil(tokens_a_step / world_size))
-    plan.engine = config.engine
-
-    work = sum(parameter.numel() for parameter in model.parameters()) * tokens_a_step * plan.total_steps / world_size
-    pays = work > SLOW_WORK.get(device.type, math.inf)
-    plan.compiled = config.compile == "true" or (config.compile == "auto" and pays)
-
-    padded = plan.micro_batch_size * max(lengths)
-    tokens = padded if config.engine == "padded" else max(plan.token_budget, max(lengths))
-    needed = tokens * (per_token + 10 * shape.vocab_size * (config.engine == "padded"))
-    wanted = device.type == "cuda" and needed > 0.7 * free
-    plan.gradient_checkpointing = config.gradient_checkpointing == "true" or (
-        config.gradient_checkpointing == "auto" and wanted
+    tokens_a_step = estimate.tokens_per_step(lengths, config.batch_size)
+    budget = max(CPU_TOKENS, min(MOST_TOKENS, estimate.most_tokens(size, free // 2)))
+    token_budget = config.token_budget or min(budget, math.ceil(tokens_a_step / world_size))
+    pays = estimate.work(size, tokens_a_step, plan.total_steps, world_size) > COMPILE_FROM.get(device.type, math.inf)
+    plan = replace(
+        plan,
+        engine=config.engine,
+        token_budget=token_budget,
+        compiled=config.compile == "true" or (config.compile == "auto" and pays),
     )
+    short = device.type == "cuda" and estimate_run(plan, config, lengths, size, world_size).activations > 0.7 * free
+    recomputes = config.gradient_checkpointing == "true" or (config.gradient_checkpointing == "auto" and short)
+    return replace(plan, gradient_checkpointing=recomputes)
+
+
+def estimate_run(
+    plan: Plan, config: FinetuneConfig, lengths: Sequence[int], size: ModelSize, world_size: int
+) -> Estimate:
+    """Return what a run by this plan needs on one rank."""
+    longest, padded = int(max(lengths)), plan.engine == "padded"
+    tokens = plan.micro_batch_size * longest if padded else max(plan.token_budget, longest)
+    tokens_a_step = estimate.tokens_per_step(lengths, config.batch_size)
+    return Estimate(
+        weights=size.weights,
+        trainable=2 * estimate.FP32 * size.trainable,
+        optimizer=2 * estimate.FP32 * size.trainable,
+        activations=estimate.activation_bytes(size, tokens, keeps_logits=padded),
+        disk=estimate.disk_bytes(size, config, plan.total_steps, plan.save_steps),
+        work=estimate.work(size, tokens_a_step, plan.total_steps, world_size),
+    )
+
+
+def updated(before: Plan, then: Plan, now: Plan) -> Plan:
+    """Return the plan of a run that resumes: as it was, but for what its changed options change.
+
+    `then` and `now` are the plans that the options of before and of now give.
+    """
+    were = asdict(then)
+    return replace(before, **{name: value for name, value in asdict(now).items() if value != were[name]})

@@ -1,8 +1,11 @@
-"""What is checked before the first heavy step."""
+"""The checks before the first heavy step: does the base fit into memory, the adapter onto the base?"""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
+import torch
 
 from lora_alpaca.artifacts import adapter_folder
 from lora_alpaca.config import FinetuneConfig
@@ -12,18 +15,22 @@ from lora_alpaca.models.base import Base, weight_files
 from lora_alpaca.models.device import DeviceSpec
 from lora_alpaca.models.memory import gigabytes
 from lora_alpaca.models.meta import memory_bytes, meta_model
+from lora_alpaca.planning.estimate import ModelSize, disk_bytes, model_size
+from lora_alpaca.planning.plan import Plan
+from lora_alpaca.storage import output_folder
 from lora_alpaca.storage.paths import user_path
-from lora_alpaca.training.progress import Progress
+
+HIGH_RATE = 0.1  # above it, LoRA hardly ever learns
 
 
-def check_base_fits(base: Base, spec: DeviceSpec) -> list[str]:
-    """Return, in a sentence, what the base's weights will take, if that is known.
+def check_base_fits(base: Base, spec: DeviceSpec, model: Any | None = None) -> list[str]:
+    """Return a sentence on what the base's weights take, if that is known; `model` is the base on the meta device.
 
     Raises ModelError where a CPU has less memory than that, and for a folder whose weight files are not whole.
     """
     if Path(base.path).is_dir():
         weight_files(base)
-    if (model := meta_model(base)) is None:
+    if (model := model or meta_model(base)) is None:
         return []
     needed = memory_bytes(model, spec)
     if spec.device.type == "cpu":
@@ -36,29 +43,52 @@ def check_base_fits(base: Base, spec: DeviceSpec) -> list[str]:
     return [f"the weights of {base.name} take about {gigabytes(needed)}"]
 
 
-HIGH_RATE = 0.1  # above it, LoRA as good as never learns
+def check_model(config: FinetuneConfig, base: Base, spec: DeviceSpec) -> tuple[ModelSize, list[str]]:
+    """Return the size of a base with its adapter, and notes on both.
 
-
-def preflight(config: FinetuneConfig, base: Base, spec: DeviceSpec, reporter: Progress) -> FinetuneConfig:
-    """Return the config with rows no longer than the model can take; what is odd is said.
-
-    Raises ConfigError if longer rows were asked for, ModelError for target modules that are not there and for a base
-    larger than the memory, AdapterError for an --init_adapter that was not made for this base.
+    Raises ModelError for target modules that are missing and for a base larger than the memory, and AdapterError for an
+    --init_adapter that was not made for this base.
     """
-    reporter.say(*check_base_fits(base, spec))
+    model = meta_model(base)
+    notes = check_base_fits(base, spec, model)
     if config.init_adapter:
-        start = user_path(config.init_adapter)
-        reporter.say(*adapter_folder.verify(start, adapter_folder.read_info(start), base))
-    elif (bare := meta_model(base)) is not None:
-        lora.target_modules(bare, config)
+        folder = user_path(config.init_adapter)
+        notes += adapter_folder.verify(folder, adapter_folder.read_info(folder), base)
+        tensors = adapter_folder.read_weights(folder, may_do_nothing=True)
+        trainable = sum(tensor.numel() for tensor in tensors.values())
+        return model_size(base, spec, model, trainable), notes
+    size = model_size(base, spec, model, trainable=0)
+    if model is None:
+        return size, notes
+    with torch.device("meta"):
+        adapter = lora.attach(model, config, base)
+    trainable = sum(parameter.numel() for parameter in lora.trainable_parameters(adapter))
+    return replace(size, parameters=size.parameters + trainable, trainable=trainable), notes
+
+
+def check_disk(output_dir: Path, plan: Plan, config: FinetuneConfig, size: ModelSize) -> None:
+    """Raise FolderError where the disk has less space than a run by this plan writes."""
+    output_folder.check_space(output_dir, disk_bytes(size, config, plan.total_steps, plan.save_steps))
+
+
+def check_options(config: FinetuneConfig, base: Base) -> tuple[FinetuneConfig, list[str]]:
+    """Return the config with rows no longer than the model takes, and a warning for every odd value.
+
+    Raises ConfigError if longer rows were asked for.
+    """
+    notes = []
     width = base.config.get_text_config().hidden_size
     if config.lora_r > width:
-        reporter.say(f"warning: --lora_r {config.lora_r} is more than the model is wide ({width}), which gains nothing")
+        notes.append(f"warning: --lora_r {config.lora_r} is more than the model is wide ({width}), which gains nothing")
     if config.learning_rate > HIGH_RATE:
-        reporter.say(f"warning: --learning_rate {config.learning_rate} is very high; LoRA is trained with about 3e-4")
+        notes.append(f"warning: --learning_rate {config.learning_rate} is very high; LoRA is trained with about 3e-4")
+    if not config.add_eos_token:
+        notes.append(
+            "warning: --add_eos_token False: the end token is not learned, so answers will not stop by themselves"
+        )
     if base.max_length is None or config.cutoff_len <= base.max_length:
-        return config
+        return config, notes
     if config.is_set("cutoff_len"):
         raise ConfigError(f"--cutoff_len {config.cutoff_len}: {base.name} takes at most {base.max_length} tokens")
-    reporter.say(f"cutoff_len is {base.max_length}, the most that {base.name} takes")
-    return config.model_copy(update={"cutoff_len": base.max_length})
+    notes.append(f"cutoff_len is {base.max_length}, the most that {base.name} takes")
+    return config.model_copy(update={"cutoff_len": base.max_length}), notes

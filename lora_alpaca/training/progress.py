@@ -1,7 +1,4 @@
-"""What a run says while it works: a progress bar on a terminal, one quiet line per interval elsewhere.
-
-Only the first rank speaks. The figures also go to tensorboard, wandb or trackio where that is asked for and there.
-"""
+"""What a run shows while it works: a progress bar on a terminal, one line per logging interval elsewhere."""
 
 import contextlib
 import sys
@@ -13,7 +10,7 @@ from tqdm import tqdm
 
 
 class Progress:
-    """The voice of a run. `quiet` is every rank but the first."""
+    """The output of a run. `quiet` is every rank but the main one."""
 
     def __init__(self, quiet: bool):
         self.quiet = quiet
@@ -22,7 +19,7 @@ class Progress:
         self._started = 0.0
         self._first_step = 0
 
-    def say(self, *lines: str) -> None:
+    def log(self, *lines: str) -> None:
         """Print sentences, above the progress bar if there is one."""
         for line in lines:
             if self.quiet:
@@ -31,7 +28,7 @@ class Progress:
 
     @contextlib.contextmanager
     def counting(self, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-        """Give a function that is told how many of `total` more are done; a bar shows it on a terminal."""
+        """Give a function that takes how many more of `total` are done; a bar shows the count on a terminal."""
         shown = not self.quiet and sys.stderr.isatty()
         with tqdm(total=total, unit=f" {unit}", dynamic_ncols=True, disable=not shown, leave=False) as bar:
 
@@ -46,18 +43,18 @@ class Progress:
         if not self.quiet and sys.stderr.isatty():
             self._bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.1)
 
-    def progress(self, step: int, loss: float, tokens_per_second: float) -> None:
-        """Move the bar to a finished step; loss, tokens/s and time left stand in it."""
+    def step(self, step: int, loss: float, tokens_per_second: float) -> None:
+        """Move the bar to a finished step; loss, tokens/s and time left are shown in it."""
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
             self._bar.update(step - self._bar.n)
 
     def interval(self, step: int, loss: float, learning_rate: float, tokens_per_second: float) -> None:
-        """Say the figures of a logging interval where no bar shows them."""
+        """Print the figures of a logging interval where no bar shows them."""
         if self._bar is None:
             per_step = (time.perf_counter() - self._started) / max(1, step - self._first_step)
             left = minutes(per_step * (self._total - step))
-            self.say(
+            self.log(
                 f"step {step}/{self._total}  loss {loss:.4f}  rate {learning_rate:.2e}  "
                 f"{tokens_per_second:,.0f} tokens/s  {left} left"
             )

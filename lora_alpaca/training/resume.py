@@ -1,85 +1,193 @@
-"""Going on with a run: which checkpoint, whether it is still the same run, and everything put back as it was."""
+"""Fresh or resumed: the one module that asks. `start` answers with an object whose methods the story of a run calls.
 
-from dataclasses import asdict, replace
+A run resumes from a checkpoint of the same run. What decides its result must be as it was, unless it may change.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lora_alpaca.artifacts import checkpoint, run_record
+from lora_alpaca.artifacts import checkpoint as checkpoints
+from lora_alpaca.artifacts import run_record
 from lora_alpaca.artifacts.checkpoint import Checkpoint
+from lora_alpaca.artifacts.run_record import RunResult
 from lora_alpaca.config import FinetuneConfig
-from lora_alpaca.data.examples import Examples
+from lora_alpaca.distributed.world import World
 from lora_alpaca.errors import CheckpointError
-from lora_alpaca.models import lora
-from lora_alpaca.planning.plan import Plan, resolve
+from lora_alpaca.planning import plan as planning
+from lora_alpaca.planning.plan import Plan
 from lora_alpaca.prompts import AnyTemplate, template_from_json
-from lora_alpaca.storage import output_folder
-from lora_alpaca.training.progress import Progress
+from lora_alpaca.storage import atomic, output_folder
+from lora_alpaca.storage.paths import user_path
+from lora_alpaca.training.state import TrainState
 from lora_alpaca.training.step import Stepper
 
-SHAPE = {"lora_r", "lora_target_modules", "use_dora"}  # what the tensors of a checkpoint were made for
+if TYPE_CHECKING:
+    from lora_alpaca.training.setup import Job
 
 
-def find(config: FinetuneConfig, output_dir: Path, reporter: Progress) -> Path | None:
-    """Return the checkpoint folder to go on from, or None for a fresh start, for which the output folder is checked."""
+@dataclass
+class Start:
+    """A run that begins: nothing of an earlier one is used. `finished` is set where there is nothing left to do."""
+
+    config: FinetuneConfig
+    output_dir: Path
+    notes: list[str] = field(default_factory=list)
+    finished: RunResult | None = None
+    tracker_id: str = ""
+    is_proven: bool = False  # whether packs were found to change nothing, by the run that is resumed
+
+    def template(self, asked: AnyTemplate | None) -> AnyTemplate | None:
+        """Return the template to use, None for the one that fits the data."""
+        return asked
+
+    def check_same(self, record: dict[str, Any]) -> list[str]:
+        """Return notes on what changed since the run began; the record becomes that of this run."""
+        return []
+
+    def plan(self, job: "Job", world: World) -> Plan:
+        """Return the plan of the run."""
+        return planning.resolve(job.config, job.train.lengths, job.size, world)
+
+    def restore(self, stepper: Stepper, record: dict[str, Any]) -> TrainState:
+        """Return the state to train from, having put weights and moments back."""
+        return TrainState()
+
+    @contextmanager
+    def folder(self, record: dict[str, Any]) -> Iterator[list[str]]:
+        """Make the output folder this run's own until the context ends, and yield notes on what was set aside."""
+        folder, config = self.output_dir, self.config
+        resumes = not config.overwrite and output_folder.folder_status(folder) == "unfinished"
+        with ExitStack() as stack:
+            with output_folder.disk_errors_named(folder):
+                notes = stack.enter_context(output_folder.locked_for_run(folder, config.overwrite, resumes))
+                checkpoints.remove_leftovers(folder)
+                notes += checkpoints.set_aside_after(folder, self._checkpoint_folder())
+                atomic.replace(folder / output_folder.RECORD, atomic.as_json(record))
+            yield notes
+
+    def _checkpoint_folder(self) -> Path | None:
+        return None
+
+
+@dataclass
+class Resumed(Start):
+    """A run that continues from a checkpoint."""
+
+    checkpoint_folder: Path = field(kw_only=True)
+    checkpoint: Checkpoint = field(kw_only=True)
+    is_proven: bool = True
+    _changed: set[str] = field(default_factory=set, init=False)
+    _best_is_lost: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        """Take what the checkpoint knows of the tracker."""
+        self.tracker_id = self.checkpoint.facts["tracker"]
+
+    def template(self, asked: AnyTemplate | None) -> AnyTemplate | None:
+        """Return the template to use: a chat template is the recorded one, with the date that it was recorded with."""
+        if asked is not None and asked.name != "chat":
+            return asked
+        recorded = template_from_json(self._record["template"], "", "checkpoint")
+        return recorded if recorded.name == "chat" else asked
+
+    def check_same(self, record: dict[str, Any]) -> list[str]:
+        """Return notes on the differences that --allow_change allows.
+
+        Raises CheckpointError naming every difference that is not allowed, or that no run can make.
+        """
+        record["run"] = self._record["run"]
+        changed = run_record.differences(self._record, record)
+        sentences = {name: f"{name} was {was!r:.60} and is {now!r:.60}" for name, (was, now) in changed.items()}
+        for name in sorted(FinetuneConfig.deciding("shape") & changed.keys()):
+            raise CheckpointError(f"--resume: {sentences[name]}; a run cannot change that, start a new one")
+        refused = [name for name in changed if name not in (self.config.allow_change or [])]
+        if refused:
+            raise CheckpointError(
+                f"--resume: this is another run ({'; '.join(sentences[name] for name in refused)}); say what was said "
+                f"then, allow the change with --allow_change {','.join(changed)}, or start anew with --overwrite"
+            )
+        self._changed = set(changed)
+        return [*(f"changed, as allowed: {sentence}" for sentence in sentences.values()), *self._check_best()]
+
+    def plan(self, job: "Job", world: World) -> Plan:
+        """Return the plan as it was, but for what follows from the changes that were allowed."""
+        config_then = FinetuneConfig.model_construct(set(self._record["said"]), **self._record["options"])
+        then = planning.resolve_steps(config_then, self._record["ledger"]["train"], self._record["ranks"])
+        now = planning.resolve_steps(job.config, len(job.train), world.world_size)
+        plan = planning.updated(Plan(**self.checkpoint.facts["plan"]), then, now)
+        if self._changed & FinetuneConfig.deciding("engine"):
+            plan = planning.resolve_engine(plan, job.config, job.train.lengths, job.size, world)
+        return plan
+
+    def restore(self, stepper: Stepper, record: dict[str, Any]) -> TrainState:
+        """Return the state of the checkpoint, having put adapter, moments and loss scale back."""
+        stepper.restore(self.checkpoint.weights, self.checkpoint.optimizer, self.checkpoint.facts["scaler"])
+        state = TrainState(**self.checkpoint.facts["progress"], best=self.checkpoint.best)
+        if self._best_is_lost or self._record["validation_sha256"] != record["validation_sha256"]:
+            state.forget_best()
+        elif (folder := self._best_folder()) and folder.resolve().parent != self.output_dir.resolve():
+            state.best = checkpoints.weights_of(folder)  # the checkpoints of this run will hold it
+        return state
+
+    def _best_folder(self) -> Path | None:
+        """Return the other checkpoint that holds the best adapter, None where this one holds it, or there is none."""
+        progress = self.checkpoint.facts["progress"]
+        if self.checkpoint.best or progress["best_step"] in (0, progress["step"]):
+            return None
+        return self.checkpoint_folder.with_name(f"checkpoint-{progress['best_step']}")
+
+    def _check_best(self) -> list[str]:
+        """Return a warning where the best adapter is in another checkpoint that is missing or damaged."""
+        if (folder := self._best_folder()) is None or not (reason := checkpoints.verify(folder)):
+            return []
+        self._best_is_lost = True
+        return [f"warning: {folder} has the best adapter so far, and {reason}; the best one is sought anew from here"]
+
+    def _checkpoint_folder(self) -> Path | None:
+        return self.checkpoint_folder
+
+    @property
+    def _record(self) -> dict[str, Any]:
+        """Return the record of the run when the checkpoint was written."""
+        return self.checkpoint.facts["record"]
+
+
+def start(config: FinetuneConfig, world: World) -> Start:
+    """Return how a run starts: fresh, resumed from a checkpoint, or not at all, since it is finished.
+
+    Raises FolderError for an output folder that cannot be used, and CheckpointError or ConfigError for a checkpoint
+    that cannot be resumed from.
+    """
+    output_dir = user_path(config.output_dir)
+    if config.resume and output_folder.read_record(output_dir).get("status") == "finished":
+        if world.is_main:
+            output_folder.check_lock(output_dir)
+        notes = [f"{output_dir}: this run is already finished"]
+        return Start(config, output_dir, notes, run_record.finished_run(output_dir))
+    folder, notes = world.broadcast(lambda: _find(config, output_dir))
+    if folder is None:
+        return Start(config, output_dir, notes)
+    return Resumed(config, output_dir, notes, checkpoint_folder=folder, checkpoint=checkpoints.load(folder))
+
+
+def _find(config: FinetuneConfig, output_dir: Path) -> tuple[Path | None, list[str]]:
+    """Return the checkpoint folder to resume from, None for a fresh start, and notes; the output folder is checked."""
     output_folder.check_lock(output_dir)
     if config.resume_from_checkpoint:
-        folder = checkpoint.resolve(config.resume_from_checkpoint)
-        output_folder.check(output_dir, overwrite=output_folder.folder_status(output_dir) == "unfinished", ways_on="")
-        return folder
+        folder = checkpoints.resolve(config.resume_from_checkpoint)
+        unfinished = output_folder.folder_status(output_dir) == "unfinished"
+        output_folder.check(output_dir, overwrite=unfinished, ways_on="")
+        return folder, []
+    notes = []
     if config.resume:
-        newest, passed = checkpoint.newest(output_dir)
-        reporter.say(*(f"passed over {folder}: {reason}" for folder, reason in passed.items()))
+        newest, damaged = checkpoints.newest(output_dir)
+        notes = [f"passed over {folder}: {reason}" for folder, reason in damaged.items()]
         if newest:
-            reporter.say(f"resuming from {newest}")
-            return newest
+            return newest, [*notes, f"resuming from {newest}"]
+        notes.append("--resume: no checkpoint yet; starting fresh")
     ways_on = "go on with --resume, or start anew with --overwrite"
     output_folder.check(output_dir, config.overwrite or config.resume, ways_on)
-    if config.resume:
-        reporter.say("--resume: no checkpoint yet; starting fresh")
-    return None
-
-
-def template_as_before(checkpoint: Checkpoint | None, template: AnyTemplate | None) -> AnyTemplate | None:
-    """Return the template to use; that of a run that goes on with a chat template is the one of then, with its date."""
-    if checkpoint is None or (template is not None and template.name != "chat"):
-        return template
-    recorded = template_from_json(checkpoint.facts["record"]["template"], "", "checkpoint")
-    return recorded if recorded.name == "chat" else template
-
-
-def check_same(checkpoint: Checkpoint, now: dict[str, Any], allowed: list[str]) -> dict[str, str]:
-    """Return name -> sentence of what differs from the run that a checkpoint is of, and was allowed to.
-
-    The record `now` becomes one of that run. Raises CheckpointError naming every difference that was not, or cannot be.
-    """
-    stored = checkpoint.facts["record"]
-    now["run"] = stored["run"]
-    changed = run_record.differences(stored, now)
-    said = {name: f"{name} was {before!r:.60} and is {after!r:.60}" for name, (before, after) in changed.items()}
-    for name in SHAPE & changed.keys():
-        raise CheckpointError(f"--resume: {said[name]}; a run cannot change that, start a new one")
-    refused = [name for name in changed if name not in allowed]
-    if refused:
-        raise CheckpointError(
-            f"--resume: this is another run ({'; '.join(said[name] for name in refused)}); say what was said then, "
-            f"allow the change with --allow_change {','.join(changed)}, or start anew with --overwrite"
-        )
-    return {name: f"changed, as allowed: {sentence}" for name, sentence in said.items()}
-
-
-def plan_as_before(checkpoint: Checkpoint, config: FinetuneConfig, train: Examples, world_size: int) -> Plan:
-    """Return the plan of a run that goes on: as it was, but for what follows from the changes that were allowed."""
-    record = checkpoint.facts["record"]
-    before = Plan(**checkpoint.facts["plan"])
-    config_then = FinetuneConfig.model_construct(set(record["said"]), **record["options"])
-    then = asdict(resolve(config_then, record["ledger"]["train"], record["ranks"]))
-    now = asdict(resolve(config, len(train), world_size))
-    return replace(before, **{name: value for name, value in now.items() if value != then[name]})
-
-
-def restore(checkpoint: Checkpoint, learner: Stepper) -> None:
-    """Put adapter, optimizer and loss scale back."""
-    lora.set_state(learner.model, checkpoint.adapter, "checkpoint")
-    learner.load_optimizer_state(checkpoint.optimizer)
-    if learner.ranks.scaler is not None and checkpoint.facts["scaler"]:
-        learner.ranks.scaler.load_state_dict(checkpoint.facts["scaler"])
+    return None, notes

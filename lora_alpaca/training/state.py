@@ -1,4 +1,4 @@
-"""Where a run stands."""
+"""Where a run stands: everything that changes from step to step but the weights. It travels in the checkpoints."""
 
 import math
 from dataclasses import dataclass, field, fields
@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from lora_alpaca.artifacts.run_record import RunResult
-from lora_alpaca.models.lora import State
+from lora_alpaca.models.trainable import State
 
 
 @dataclass
 class TrainState:
-    """Where a run stands: everything that changes from step to step but the weights. It travels in the checkpoints."""
+    """The state of a run after `step` optimizer steps."""
 
     step: int = 0
     seconds: float = 0.0
@@ -25,7 +25,7 @@ class TrainState:
     overflows: int = 0  # in a row
     skipped: int = 0  # steps whose loss or gradient was not finite
     history: list[dict[str, float]] = field(default_factory=list)
-    best: State = field(default_factory=dict)
+    best: State = field(default_factory=dict)  # the best adapter, unless the checkpoint of `best_step` holds it
 
     def facts(self) -> dict[str, Any]:
         """Return what fits into JSON."""
@@ -36,11 +36,11 @@ class TrainState:
         return self.window_loss / max(1, self.window_labels)
 
     def forget_best(self) -> None:
-        """Let the next validation be the best: it is on other rows than those before."""
+        """Let the next validation be the best: its rows are not those of the validations before."""
         self.best_loss, self.best_step, self.without_gain, self.best = math.inf, 0, 0, {}
 
     def result(self, output_dir: Path) -> RunResult:
-        """Return what the caller gets."""
+        """Return the result of the run."""
         validated = self.first_loss is not None
         kept = (self.best_loss if validated else None, self.first_loss, self.best_step if validated else None)
         return RunResult(output_dir, self.step, *kept, seconds=self.seconds, history=self.history)

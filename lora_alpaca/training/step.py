@@ -1,23 +1,27 @@
-"""One optimizer step: micro-batches to gradients, one reduction over the ranks, one move of the adapter.
+"""One optimizer step: micro-batches to gradients, one reduction over the ranks, one update of what is trained.
 
 The loss is divided by the number of labels in the whole optimizer batch, over micro-batches and ranks, so that the
 update is the same however the rows are cut up. (A mean of micro-batch means is 9 to 27 % wrong in the gradient.)
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 
+from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.data.examples import Example
+from lora_alpaca.distributed.strategy import Strategy
 from lora_alpaca.distributed.world import World
 from lora_alpaca.engine import Engine
 from lora_alpaca.errors import TrainingError
 from lora_alpaca.models import memory
-from lora_alpaca.models.lora import State, trainable_parameters
+from lora_alpaca.models.trainable import State, Trainable
 
 LESS = "lower --token_budget or --cutoff_len (with --engine padded, --micro_batch_size)"
+Item = TypeVar("Item")
 
 
 @dataclass
@@ -28,37 +32,50 @@ class Step:
     grad_norm: float
     labels: int
     tokens: int
-    overflow: bool = False  # of fp16: nothing moved, and the loss scale was lowered
+    overflow: bool = False  # of fp16: nothing was updated, and the loss scale was lowered
 
     @property
     def finite(self) -> bool:
-        """Whether loss and gradient are numbers, but for what fp16's loss scale mends. Otherwise nothing moved."""
+        """Whether loss and gradient are numbers, but for an overflow of fp16. Otherwise nothing was updated."""
         return math.isfinite(self.loss) and (math.isfinite(self.grad_norm) or self.overflow)
 
 
 class Stepper:
-    """The trainable parameters of a model and the optimizer that moves them, on one rank of many."""
+    """What is trained, and the optimizer that updates it, on one rank of many."""
 
-    def __init__(self, engine: Engine, ranks: World, weight_decay: float, max_norm: float, shrinks: bool = False):
+    def __init__(
+        self,
+        engine: Engine,
+        trainable: Trainable,
+        strategy: Strategy,
+        world: World,
+        config: FinetuneConfig,
+        log: Callable[[str], None],
+    ):
         self.engine = engine
+        self.trainable = trainable
         self.model = engine.model
-        self.ranks = ranks
-        self.max_norm = max_norm
-        self.shrinks = shrinks
-        self.parameters = trainable_parameters(self.model)
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, weight_decay=weight_decay)
+        self.world = world
+        self.parameters = trainable.parameters
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, weight_decay=config.weight_decay)
+        self._strategy = strategy
+        self._max_norm = config.max_grad_norm or math.inf
+        self._shrinks = config.on_oom == "shrink"
+        self._log = log
 
     def step(self, examples: Sequence[Example], learning_rate: float) -> Step:
         """Train on the rows of one optimizer batch, of which this rank takes its share; every rank calls it.
 
-        Nothing moves where loss or gradient are not finite. Until something does, a signal may end it (StepAbandoned).
-        Raises TrainingError where the memory is too small.
+        Nothing is updated where loss or gradient are not finite. Until the update, a signal may end the step
+        (StepAbandoned). Raises TrainingError where the memory is too small.
         """
         labels = sum(example.scored() for example in examples)
-        with self.ranks.stop.may_abandon():
+        scaler = self.world.scaler
+        with self.world.stop.interruptible():
             loss = self._within_memory(lambda: self._gradient(examples, labels))
-            norm = self._unscaled_norm()
-        scaler = self.ranks.scaler
+            if scaler is not None:
+                scaler.unscale_(self.optimizer)
+            norm = self._strategy.clip(self.parameters, self._max_norm)
         step = Step(loss, norm, labels, sum(len(example.input_ids) for example in examples))
         step.overflow = scaler is not None and math.isfinite(loss) and not math.isfinite(norm)
         for group in self.optimizer.param_groups:
@@ -72,52 +89,69 @@ class Stepper:
         return step
 
     def _gradient(self, examples: Sequence[Example], labels: int) -> float:
-        """Leave the gradient of the mean loss of some examples in the parameters, and return that loss.
+        """Compute the gradient of the mean loss of some examples, summed over all ranks, and return that loss.
 
         Raises MemoryShortage on all ranks if one of them has too little memory.
         """
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)  # of a step that was given up
-        loss = torch.zeros((), device=self.ranks.device)
-        own_labels = torch.zeros((), device=self.ranks.device)  # a tensor, for a number would make the device wait
+        loss = torch.zeros((), device=self.world.device)
+        own_labels = torch.zeros((), device=self.world.device)  # a tensor: a number would make the device wait
         shortage = ""
         try:
-            for batch in self.engine.batches(examples, self.ranks.rank, self.ranks.world_size):
-                with self.ranks.autocast():
-                    part = self.engine.loss(batch) / labels
-                self.ranks.backward(part)
+            batches = self.engine.batches(examples, self.world.rank, self.world.world_size)
+            for batch, is_last in _with_last(batches):
+                with self._strategy.accumulate(is_last):
+                    with self.world.autocast():
+                        part = self.engine.loss(batch) / labels
+                    self.world.backward(part)
                 loss += part.detach()
                 own_labels += batch.weights.sum()
         except (RuntimeError, MemoryError) as error:
             shortage = memory.shortage(error)  # raises what is no shortage
         return self._reduce(loss, own_labels, labels, shortage)
 
+    def _reduce(self, loss: torch.Tensor, own_labels: torch.Tensor, labels: int, shortage: str) -> float:
+        """Sum gradients, loss and label count over all ranks in one message; return the loss.
+
+        The count is known beforehand: it checks that all ranks train on the same rows. Where one rank is short of
+        memory, all ranks know it from this message.
+        """
+        short = torch.full_like(loss, float(bool(shortage)))
+        total, counted, ranks_short = self._strategy.reduce(self.parameters, [loss, own_labels, short])
+        if ranks_short:
+            raise memory.MemoryShortage(shortage or "on another rank")
+        if self.world.world_size > 1 and counted != labels:
+            raise TrainingError(
+                f"the ranks counted {counted:.0f} labels in a step of {labels}: do all read the same data file?"
+            )
+        return total
+
     def _within_memory(self, compute: Callable[[], float]) -> float:
-        """Return what `compute` returns; with `shrinks`, it is tried with ever smaller packs or micro-batches."""
+        """Return what `compute` returns; under --on_oom shrink it is retried with ever smaller batches."""
         while True:
             try:
                 return compute()
             except memory.MemoryShortage as error:
-                smaller = self.engine.smaller() if self.shrinks else None
+                smaller = self.engine.smaller() if self._shrinks else None
                 if smaller is None:
-                    less = LESS if self.shrinks else f"{LESS}, or say --on_oom shrink"
-                    raise TrainingError(
-                        f"out of memory ({error}); {memory.describe_free(self.ranks.device)}; {less}"
-                    ) from None
-                self.ranks.reporter.say(f"out of memory: going on with {smaller}; the optimizer batch stays as it is")
+                    less = LESS if self._shrinks else f"{LESS}, or say --on_oom shrink"
+                    free = memory.describe_free(self.world.device)
+                    raise TrainingError(f"out of memory ({error}); {free}; {less}") from None
+                self._log(f"out of memory: going on with {smaller}; the optimizer batch stays as it is")
                 self.engine = smaller
-            memory.release(self.ranks.device)
-            self.ranks.seed_again()  # the same dropout, however far the attempt came
+            memory.release(self.world.device)
+            self.world.reseed()  # the same dropout, however far the attempt came
 
     @torch.no_grad()
     def evaluate(self, examples: Sequence[Example]) -> float:
         """Return the mean loss per label over all rows, whatever the number of ranks and the micro-batch.
 
-        Raises TrainingError if it is not finite: such an adapter is never the best, and never goes unnoticed.
+        Raises TrainingError if it is not finite: such an adapter is never the best, and is always reported.
         """
         self.model.eval()
         by_length = sorted(examples, key=lambda example: len(example.input_ids))  # like lengths: little padding
-        with self.ranks.stop.may_abandon():
+        with self.world.stop.interruptible():
             mean = self._within_memory(lambda: self._mean_loss(by_length))
         if not math.isfinite(mean):
             raise TrainingError(f"the validation loss is {mean}; try --dtype fp32, or a lower --learning_rate")
@@ -126,66 +160,35 @@ class Stepper:
     def _mean_loss(self, examples: Sequence[Example]) -> float:
         totals, shortage = torch.zeros(3, dtype=torch.float64), ""  # loss, labels, ranks that are short of memory
         try:
-            for batch in self.engine.batches(examples, self.ranks.rank, self.ranks.world_size):
-                with self.ranks.autocast():
+            for batch in self.engine.batches(examples, self.world.rank, self.world.world_size):
+                with self.world.autocast():
                     loss = self.engine.loss(batch)
                 totals += torch.tensor([loss.item(), batch.weights.sum().item(), 0], dtype=torch.float64)
         except (RuntimeError, MemoryError) as error:
             shortage = memory.shortage(error)
             totals = torch.tensor([0, 0, 1], dtype=torch.float64)
-        loss_sum, labels, short = self.ranks.sum(totals).tolist()
+        loss_sum, labels, short = self.world.sum(totals).tolist()
         if short:
             raise memory.MemoryShortage(shortage or "on another rank")
         return loss_sum / labels
 
     @torch.no_grad()
     def not_finite(self, examples: Sequence[Example]) -> list[int]:
-        """Return the places among some examples of those whose own loss is not finite; this rank looks at all."""
+        """Return the indices of the examples whose own loss is not finite; this rank computes all of them."""
         self.model.eval()
         found = []
-        for place, example in enumerate(examples):
+        for index, example in enumerate(examples):
             for batch in self.engine.batches([example]):
-                with self.ranks.autocast():
+                with self.world.autocast():
                     if not torch.isfinite(self.engine.loss(batch)):
-                        found.append(place)
+                        found.append(index)
         return found
 
-    def _reduce(self, loss: torch.Tensor, own_labels: torch.Tensor, labels: int, shortage: str) -> float:
-        """Sum gradients, loss and label count over all ranks in one message; return the loss.
+    # ------------------------------------------------------------------------------------------------------ state
 
-        The count is known beforehand, so it is a check that all ranks train on the same rows. Where one rank is short
-        of memory, all hear of it here.
-        """
-        for parameter in self.parameters:
-            if parameter.grad is None:  # this rank had no row, or the loss does not depend on it
-                parameter.grad = torch.zeros_like(parameter)
-        if self.ranks.world_size == 1:
-            if shortage:
-                raise memory.MemoryShortage(shortage)
-            return loss.item()
-        grads = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        short = torch.full_like(loss, float(bool(shortage)))
-        message = torch.cat([grad.flatten() for grad in grads] + [torch.stack([loss, own_labels, short])])
-        message = self.ranks.sum(message)
-        loss_value, counted, ranks_short = message[-3:].tolist()
-        if ranks_short:
-            raise memory.MemoryShortage(shortage or "on another rank")
-        for grad, summed in zip(grads, message[:-3].split([grad.numel() for grad in grads]), strict=True):
-            grad.copy_(summed.view_as(grad))
-        if counted != labels:
-            raise TrainingError(
-                f"the ranks counted {counted:.0f} labels in a step of {labels}: do all read the same data file?"
-            )
-        return loss_value
-
-    def _unscaled_norm(self) -> float:
-        """Take the fp16 loss scale out of the gradients, clip them, and return their norm before clipping."""
-        if self.ranks.scaler is not None:
-            self.ranks.scaler.unscale_(self.optimizer)
-        limit = self.max_norm or math.inf
-        return torch.nn.utils.clip_grad_norm_(self.parameters, limit).item()
-
-    # ------------------------------------------------------------------------------------------------ its state
+    def weights(self) -> State:
+        """Return the trained tensors, whole and on the CPU; every rank calls it."""
+        return self._strategy.full_state(self.trainable)
 
     def optimizer_state(self) -> State:
         """Return AdamW's moments on the CPU, named by parameter number and kind."""
@@ -196,10 +199,27 @@ class Stepper:
             for kind, value in kinds.items()
         }
 
-    def load_optimizer_state(self, tensors: State) -> None:
-        """Put back what `optimizer_state` returned."""
+    def scaler_state(self) -> dict[str, Any] | None:
+        """Return the loss scale of fp16, None in other precisions."""
+        return None if self.world.scaler is None else self.world.scaler.state_dict()
+
+    def restore(self, weights: State, moments: State, scaler: dict[str, Any] | None) -> None:
+        """Put back what `weights`, `optimizer_state` and `scaler_state` returned."""
+        self._strategy.load_full_state(self.trainable, weights, "checkpoint")
         whole = self.optimizer.state_dict()
-        for name, tensor in tensors.items():
+        for name, tensor in moments.items():
             number, _, kind = name.partition(".")
             whole["state"].setdefault(int(number), {})[kind] = tensor
         self.optimizer.load_state_dict(whole)
+        if self.world.scaler is not None and scaler:
+            self.world.scaler.load_state_dict(scaler)
+
+
+def _with_last(items: Iterable[Item]) -> Iterator[tuple[Item, bool]]:
+    """Yield items, each with whether it is the last one."""
+    iterator = iter(items)
+    for item in iterator:
+        for following in iterator:
+            yield item, False
+            item = following
+        yield item, True
