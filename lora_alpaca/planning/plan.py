@@ -74,7 +74,7 @@ def fill_defaults(config: FinetuneConfig, world_size: int) -> tuple[FinetuneConf
 
 
 def resolve(config: FinetuneConfig, lengths: Sequence[int], size: ModelSize, world: World) -> Plan:
-    """Return the config with base, data and the demo base's recipe filled in where the user set nothing; and notes."""
+    """Return the plan for rows of these lengths, one for all ranks: it fits the rank with the least free memory."""
     plan = resolve_steps(config, len(lengths), world.world_size)
     return resolve_engine(plan, config, lengths, size, world)
 

@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from datetime import timedelta
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -122,55 +121,53 @@ def stop():
         yield stop
 
 
-def test_a_signal_interrupts_what_is_not_patient(stop):
+def test_a_signal_interrupts_what_is_not_deferred(stop):
     with pytest.raises(Interrupted, match="nothing was written") as caught:
         signal.raise_signal(signal.SIGHUP)
     assert (caught.value.signal, caught.value.exit_code) == ("SIGHUP", 129)
 
 
-def test_a_signal_only_asks_the_patient(stop):
-    with stop.patient():
+def test_a_deferred_signal_only_sets_a_flag(stop):
+    with stop.deferred():
         assert not stop
         signal.raise_signal(signal.SIGTERM)
         assert stop.asked == signal.SIGTERM
 
 
-def test_a_second_signal_ends_the_process(stop, monkeypatch):
+def test_a_second_signal_ends_the_process():
     codes = []
-    monkeypatch.setattr(signals.os, "_exit", codes.append)
-    monkeypatch.setattr(signals, "RELAY_WINDOW", 0)
-    with stop.patient():
+    stop = Stop(relay_window=0, exit=codes.append)
+    with stop.watching(), stop.deferred():
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)
     assert codes == [130]
 
 
-def test_the_same_ctrl_c_passed_on_by_torchrun_is_no_second_one(stop, monkeypatch):
-    monkeypatch.setattr(signals.os, "_exit", lambda code: pytest.fail("ended"))
-    monkeypatch.setattr(signals, "RELAY_WINDOW", 60)
-    with stop.patient():
+def test_the_same_ctrl_c_relayed_by_torchrun_is_no_second_one():
+    stop = Stop(relay_window=60, exit=lambda code: pytest.fail("ended"))
+    with stop.watching(), stop.deferred():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
     assert stop.asked == signal.SIGINT
 
 
-def test_what_takes_too_long_after_a_signal_is_given_up(stop, monkeypatch):
-    monkeypatch.setattr(signals, "GRACE", 0.1)
-    with stop.patient(), pytest.raises(StepAbandoned), stop.may_abandon():
+def test_what_takes_too_long_after_a_signal_is_given_up():
+    stop = Stop(grace=0.1)
+    with stop.watching(), stop.deferred(), pytest.raises(StepAbandoned), stop.interruptible():
         signal.raise_signal(signal.SIGTERM)
         time.sleep(30)
 
 
-def test_what_is_in_vain_is_given_up_at_once(stop):
-    stop.hurry()
-    with stop.patient(), pytest.raises(StepAbandoned), stop.may_abandon():
+def test_with_a_shortened_grace_a_step_is_given_up_at_once(stop):
+    stop.shorten_grace()
+    with stop.deferred(), pytest.raises(StepAbandoned), stop.interruptible():
         signal.raise_signal(signal.SIGTERM)
         time.sleep(5)
 
 
-def test_what_may_not_be_abandoned_takes_its_time(stop, monkeypatch):
-    monkeypatch.setattr(signals, "GRACE", 0.05)
-    with stop.patient():
+def test_what_is_not_interruptible_takes_its_time():
+    stop = Stop(grace=0.05)
+    with stop.watching(), stop.deferred():
         signal.raise_signal(signal.SIGTERM)
         time.sleep(0.3)
     assert stop
@@ -183,27 +180,24 @@ def test_signals_are_as_before_afterwards():
     assert [signal.getsignal(number) for number in signals.SIGNALS] == before
 
 
-# --------------------------------------------------------------------------------------------------------- ranks
+# --------------------------------------------------------------------------------------------------------- world
 
 
-def test_ranks_look_at_the_stop_they_are_given(tmp_path):
-    """One that nothing has asked yet is false."""
+def test_the_world_looks_at_the_stop_it_is_given():
+    """A stop that no signal has asked for is false."""
     stop = Stop()
-    with World(FinetuneConfig(device="cpu", output_dir=str(tmp_path)), stop) as ranks:
-        assert ranks.stop is stop
+    with World(FinetuneConfig(device="cpu"), stop) as world:
+        assert world.stop is stop
 
 
-@pytest.mark.parametrize(("asked", "raised"), [(signal.SIGTERM, Interrupted), (0, RankError)])
-def test_a_rank_whose_peers_the_same_signal_stopped_is_stopped_too(tmp_path, asked, raised):
-    """They left a moment before; without a signal of its own, the others are what ended it."""
-    stop = Stop()
-    stop.asked = asked
-    with pytest.raises(raised, match="step 3 of 9 is saved"), World(FinetuneConfig(device="cpu"), stop) as ranks:
-        ranks._peers = SimpleNamespace(close=lambda: None, say=lambda cause: None)
-        raise RankError(1, f"{STOPPED}SIGTERM", "step 3 of 9 is saved")
+def test_one_process_agrees_with_itself():
+    with World(FinetuneConfig(device="cpu")) as world:
+        assert world.all_equal("anything")
+        assert world.least(7) == 7
+        assert world.broadcast(lambda: "a plan") == "a plan"
 
 
-# --------------------------------------------------------------------------------------------------------- peers
+# ----------------------------------------------------------------------------------------- rendezvous and heartbeat
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "variables"])
@@ -235,20 +229,18 @@ def test_two_runs_of_the_same_processes(tmp_path, launcher, free_port):
 
 
 @pytest.fixture
-def pair(monkeypatch, free_port):
-    """Return the two ranks of a run, as each sees the other."""
-    store = torch.distributed.TCPStore("127.0.0.1", free_port, is_master=True, wait_for_workers=False)
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", str(free_port))
-    monkeypatch.setattr("lora_alpaca.distributed.heartbeat.TIMEOUT", 1.5)
-    told = []
-    monkeypatch.setattr("os.kill", lambda pid, number: told.append(number))
-    ranks = [Heartbeat(rank, 2) for rank in (0, 1)]
-    ranks[0].told = told
+def pair():
+    """Return the two ranks of a run, as each sees the other; `terminated` lists those that ended themselves."""
+    store, terminated = torch.distributed.HashStore(), []
+
+    def heartbeat(rank):
+        return Heartbeat(rank, 2, Stop(), store, "a run", timeout=1.5, terminate=lambda: terminated.append(rank))
+
+    ranks = [heartbeat(rank) for rank in (0, 1)]
+    ranks[0].terminated = terminated
     yield ranks
     for rank in ranks:
         rank.close()
-    del store
 
 
 @pytest.fixture
@@ -288,44 +280,75 @@ def test_a_port_that_is_taken(alone):
             rendezvous(timedelta(seconds=5))
 
 
-def test_nobody_is_gone_while_all_give_signs_of_life(pair):
-    assert pair[0].gone() is None
+def test_nobody_is_dead_while_all_give_signs_of_life(pair):
+    assert pair[0].dead_rank() is None
 
 
 def test_a_rank_that_fails_says_why_and_the_others_are_ended(pair):
-    pair[1].say("rows.json:7: no output")
-    assert pair[0].blame("Connection closed by peer") == (1, "rows.json:7: no output")
+    pair[1].report("rows.json:7: no output")
+    assert pair[0].failed_rank("Connection closed by peer") == (1, "rows.json:7: no output")
     until = time.monotonic() + 10
-    while not pair[0].told and time.monotonic() < until:
+    while not pair[0].terminated and time.monotonic() < until:
         time.sleep(0.05)
-    assert pair[0].told == [signal.SIGTERM]
+    assert pair[0].terminated == [0]
 
 
 def test_what_is_done_in_vain_for_a_rank_that_gave_up_is_ended(pair):
     """One that hangs is told so by those who no longer wait for it."""
-    pair[1].say(f"{ANOTHER}0")
+    pair[1].report(f"{ANOTHER}0")
     until = time.monotonic() + 10
-    while not pair[0].told and time.monotonic() < until:
+    while not pair[0].terminated and time.monotonic() < until:
         time.sleep(0.05)
-    assert pair[0].told == [signal.SIGTERM]
-    assert pair[0].failed() is None
+    assert pair[0].terminated[0] == 0
+    assert pair[0].reported_failure() is None
 
 
 def test_a_rank_without_signs_of_life_is_gone(pair):
     pair[1].close()
     time.sleep(0.6)
-    rank, cause = pair[0].blame("Connection closed by peer")
+    rank, cause = pair[0].failed_rank("Connection closed by peer")
     assert rank == 1
     assert cause.startswith("it is gone without a word")
 
 
 def test_a_rank_that_lives_and_does_not_come_hangs(pair):
     pair[0].calls = 3
-    assert pair[0].blame("Timed out")[1].startswith("it hangs: the others waited for it")
+    assert pair[0].failed_rank("Timed out")[1].startswith("it hangs: the others waited for it")
 
 
 def test_a_rank_that_a_signal_stopped_has_not_failed(pair):
-    pair[1].say(f"{STOPPED}SIGTERM")
-    assert pair[0].failed() is None
-    assert pair[0].gone() is None
-    assert pair[0].blame("Connection closed") == (1, "stopped by SIGTERM")
+    pair[1].report(f"{STOPPED}SIGTERM")
+    assert pair[0].reported_failure() is None
+    assert pair[0].dead_rank() is None
+    assert pair[0].failed_rank("Connection closed") == (1, "stopped by SIGTERM")
+
+
+def test_a_rank_that_another_one_ended_is_not_the_one_to_name(pair):
+    """It reports whose failure ended it; its own error stays as it is."""
+    assert pair[1].verdict(RankError(0, "the sky fell")) is None
+    assert pair[0]._causes() == {1: f"{ANOTHER}0"}
+
+
+@pytest.mark.parametrize(("asked", "raised"), [(signal.SIGTERM, Interrupted), (0, type(None))])
+def test_a_rank_whose_others_the_same_signal_stopped_is_stopped_too(pair, asked, raised):
+    """They left a moment before; without a signal of its own, the others are what ended it."""
+    pair[0]._stop.asked = asked
+    verdict = pair[0].verdict(RankError(1, f"{STOPPED}SIGTERM", "step 3 of 9 is saved"))
+    assert isinstance(verdict, raised)
+    assert verdict is None or "step 3 of 9 is saved" in str(verdict)
+
+
+def test_a_signal_that_reached_one_rank_after_another_died_is_that_rank_s_failure(pair):
+    pair[1].report("rows.json:7: no output")
+    verdict = pair[0].verdict(Interrupted(signal.SIGTERM, "step 3 of 9 is saved"))
+    assert isinstance(verdict, RankError)
+    assert str(verdict) == "rank 1 failed: rows.json:7: no output; step 3 of 9 is saved"
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [(SystemExit(3), "it left in the middle of the run, with exit code 3"), (ValueError("the sky\nfell"), "the sky")],
+)
+def test_the_cause_of_any_other_end_is_reported(pair, error, cause):
+    assert pair[1].verdict(error) is None
+    assert pair[0].reported_failure() == (1, cause)

@@ -13,12 +13,14 @@ from transformers import AutoTokenizer
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.data.encoding import Encoder
 from lora_alpaca.data.examples import Example
+from lora_alpaca.distributed.strategy import Replicated
 from lora_alpaca.distributed.world import World
 from lora_alpaca.engine import Padded, Settings, fitted
 from lora_alpaca.errors import TrainingError
 from lora_alpaca.models import lora
 from lora_alpaca.models.base import load_base, locate_base
 from lora_alpaca.models.device import choose_device
+from lora_alpaca.models.lora import LoraAdapter
 from lora_alpaca.prompts import load_template
 from lora_alpaca.training.step import Stepper
 
@@ -47,6 +49,12 @@ def packed(model, token_budget):
     return fitted(model, settings, [], [], nullcontext)
 
 
+def stepper(engine, world, **options):
+    """Return the stepper of an engine."""
+    config = FinetuneConfig(**OPTIONS | {"max_grad_norm": 1.0} | options)
+    return Stepper(engine, LoraAdapter(engine.model), Replicated(world), world, config, print)
+
+
 def gradients(folder, rows, micro_batch_size, token_budget=None, **options):
     """Return the LoRA gradients of one step over all rows, with B not zero, as one vector, and the mean loss.
 
@@ -55,13 +63,15 @@ def gradients(folder, rows, micro_batch_size, token_budget=None, **options):
     config = FinetuneConfig(**OPTIONS | options)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     examples = [row.example() for row in Encoder(tokenizer, load_template("alpaca_short"), 128).encode(rows)]
-    with World(config) as ranks:
-        assert ranks.agree("the same on every rank")
-        assert ranks.agree(str(ranks.rank)) == (ranks.world_size == 1)
-        model = with_adapter(folder, ranks.spec, **options)
+    with World(config) as world:
+        assert world.all_equal("the same on every rank")
+        assert world.all_equal(str(world.rank)) == (world.world_size == 1)
+        assert world.least(world.rank + 5) == 5
+        assert world.broadcast(lambda: world.rank) == 0
+        model = with_adapter(folder, world.spec, **options)
         context = packed(model, token_budget) if token_budget else nullcontext((padded(model, micro_batch_size), []))
         with context as (engine, _):
-            learner, kept = Stepper(engine, ranks, weight_decay=0.0, max_norm=0.0), []
+            learner, kept = stepper(engine, world, max_grad_norm=0.0, **options), []
             learner.optimizer.step = lambda: kept.extend(p.grad.flatten().clone() for p in learner.parameters)
             step = learner.step(examples, 0.0)
     return torch.cat(kept), step.loss
@@ -126,9 +136,9 @@ def test_two_ranks_give_the_gradient_of_one(tiny_llama, rows, tmp_path, token_bu
 
 def test_a_loss_that_is_not_finite_moves_nothing(tiny_llama, rows):
     config = FinetuneConfig(**OPTIONS)
-    with World(config) as ranks:
-        model = with_adapter(tiny_llama, ranks.spec)
-        learner = Stepper(padded(model, 2), ranks, weight_decay=0.0, max_norm=1.0)
+    with World(config) as world:
+        model = with_adapter(tiny_llama, world.spec)
+        learner = stepper(padded(model, 2), world)
         before = lora.state(model)
         model.get_output_embeddings().weight.data[0] = float("nan")
         assert not learner.step([Example([1, 5, 6], [-100, 5, 6])], 1e-3).finite
@@ -142,22 +152,24 @@ def test_the_validation_loss_does_not_depend_on_the_micro_batch(tiny_llama, rows
     config = FinetuneConfig(**OPTIONS)
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     examples = [row.example() for row in Encoder(tokenizer, load_template("alpaca_short"), 128).encode(rows[:9])]
-    with World(config) as ranks:
-        model = with_adapter(tiny_llama, ranks.spec)
-        losses = [Stepper(padded(model, size), ranks, 0.0, 1.0).evaluate(examples) for size in (1, 4, 9)]
+    with World(config) as world:
+        model = with_adapter(tiny_llama, world.spec)
+        losses = [stepper(padded(model, size), world).evaluate(examples) for size in (1, 4, 9)]
         with packed(model, 100) as (engine, _):
-            losses.append(Stepper(engine, ranks, 0.0, 1.0).evaluate(examples))
+            losses.append(stepper(engine, world).evaluate(examples))
     assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
 
 
 def test_optimizer_state_comes_back(tiny_llama, rows):
     config = FinetuneConfig(**OPTIONS)
-    with World(config) as ranks:
-        model = with_adapter(tiny_llama, ranks.spec)
-        learner = Stepper(padded(model, 2), ranks, weight_decay=0.0, max_norm=1.0)
+    with World(config) as world:
+        model = with_adapter(tiny_llama, world.spec)
+        learner = stepper(padded(model, 2), world)
         learner.step([Example([1, 5, 6], [-100, 5, 6])], 1e-3)
-        state = learner.optimizer_state()
-        again = Stepper(padded(model, 2), ranks, weight_decay=0.0, max_norm=1.0)
-        again.load_optimizer_state(state)
+        state, weights = learner.optimizer_state(), learner.weights()
+        learner.step([Example([1, 5, 6], [-100, 5, 6])], 1e-3)
+        again = stepper(padded(model, 2), world)
+        again.restore(weights, state, None)
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in lora.state(model).items())
     assert state
     assert all(torch.equal(state[name], again.optimizer_state()[name]) for name in state)

@@ -8,6 +8,7 @@ from command import refused, run
 from short_run import flags, interrupt, same, tensors
 
 from lora_alpaca import FinetuneConfig, finetune
+from lora_alpaca.distributed.world import World
 from lora_alpaca.errors import AdapterError, CheckpointError, ConfigError, DataError, ModelError
 from lora_alpaca.planning.plan import Plan
 from lora_alpaca.storage import output_folder
@@ -263,7 +264,7 @@ def test_the_learning_rate_rises_and_falls():
 
 def test_processes_that_read_different_rows_are_stopped(options, monkeypatch):
     """A file that is written while the processes of a run start one after the other."""
-    monkeypatch.setattr("lora_alpaca.distributed.world.World.agree", lambda self, value: False)
+    monkeypatch.setattr(World, "all_equal", lambda self, value: False)
     with pytest.raises(DataError, match="the processes read different rows"):
         finetune(FinetuneConfig(**options))
 
