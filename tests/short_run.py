@@ -22,7 +22,7 @@ def same(one, other):
 def interrupt(folder, last_checkpoint):
     """Leave a finished folder as a run killed after a checkpoint leaves it."""
     record = output_folder.read_record(folder)
-    for name in [*record.pop("files"), *(f"checkpoint-{n}" for n in (3, 6) if n > last_checkpoint)]:
+    for name in [*record.pop("files"), *(f"checkpoint-{n}" for n in range(10) if n > last_checkpoint)]:
         if (folder / name).is_dir():
             output_folder.remove_checkpoint(folder / name)
         elif (folder / name).is_file():

@@ -112,7 +112,7 @@ def test_a_missing_checkpoint_is_an_error(options):
 
 
 def test_only_the_last_checkpoints_are_kept_and_nothing_else_is_removed(options, tmp_path):
-    finetune(FinetuneConfig(**options | {"save_steps": 1, "save_total_limit": 2}))
+    finetune(FinetuneConfig(**options | {"save_steps": 1, "save_total_limit": 2, "val_set_size": 0}))
     left = sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*"))
     assert left == ["checkpoint-7", "checkpoint-8"]
 
