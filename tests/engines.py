@@ -53,8 +53,8 @@ def rows(count=11, train_on_inputs=False, seed=0):
     for number in range(count):
         prompt = preambles[number % 2] + [draw.randrange(VOCABULARY) for _ in range(draw.randint(1, 12))]
         answer = [draw.randrange(VOCABULARY) for _ in range(draw.randint(1, 25))]
-        labels = prompt + answer if train_on_inputs else [IGNORED] * len(prompt) + answer
-        examples.append(Example(prompt + answer, labels))
+        first = 0 if train_on_inputs else len(prompt)
+        examples.append(Example(prompt + answer, [(first, len(prompt + answer))]))
     return examples
 
 
@@ -63,7 +63,7 @@ def reference(model, examples):
     parameters, model = trainable_parameters(model), model.eval()
     loss, gradient = torch.zeros(()), 0
     for example in examples:
-        logits = model(input_ids=torch.tensor([example.input_ids]), use_cache=False).logits[0, :-1]
+        logits = model(input_ids=torch.tensor(example.ids.tolist())[None], use_cache=False).logits[0, :-1]
         part = F.cross_entropy(logits, torch.tensor(example.labels[1:]), ignore_index=IGNORED, reduction="sum")
         found = torch.autograd.grad(part, parameters, allow_unused=True, materialize_grads=True)
         gradient = gradient + torch.cat([grad.flatten() for grad in found])
@@ -81,7 +81,7 @@ def settings(**changes):
 
 def fit(model, chosen, examples):
     """Return the context of a fitted engine."""
-    return fitted(model, chosen, examples, [len(example.input_ids) for example in examples], nullcontext)
+    return fitted(model, chosen, examples, [len(example.ids) for example in examples], nullcontext)
 
 
 def error(model, examples, chosen, world_size=1):

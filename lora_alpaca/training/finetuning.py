@@ -102,7 +102,7 @@ def train(config: FinetuneConfig, rows: Rows | None = None) -> RunResult:
             model = lora.attach(model, config, base)
         output_folder.check_space(output_dir, _bytes_written(model, config, plan))
         if not resumed or ENGINE_OPTIONS & changed.keys():
-            resolve_engine(config, plan, model, ranks.device, train.lengths, ranks.world_size)
+            resolve_engine(config, plan, model, ranks.device, train.lengths.tolist(), ranks.world_size)
         if plan.gradient_checkpointing:
             model.enable_input_require_grads()
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -186,18 +186,16 @@ def _prepare(
     config: FinetuneConfig, rows: Rows, held_out: set[int], tokenizer: Any, template: AnyTemplate, ranks: World
 ) -> Prepared:
     """Return the examples: from the cache, or made by the first process of each machine while the others wait."""
-    encoder = Encoder(
-        tokenizer, template, config.cutoff_len, config.train_on_inputs, config.add_eos_token, config.train_on
-    )
+    encoder = Encoder.from_options(tokenizer, template, config)
     folder = cache.cache_folder(config.cache_dir) if len(rows) >= cache.CACHED_FROM else None
-    key = cache.cache_key(rows, encoder, config, held_out, hash_tokenizer(tokenizer))
+    key = cache.cache_key(rows, encoder, held_out, hash_tokenizer(tokenizer))
     with ranks.first_here() if folder else nullcontext():
         found = cache.cached(folder, key)
         if found:
             ranks.reporter.say(f"prepared rows found in {folder}")
             return found
         with ranks.reporter.counting(len(rows), "rows") as progress:
-            prepared = preparation.prepare(rows, encoder, config, held_out, progress)
+            prepared = preparation.prepare(rows, encoder, held_out, progress)
         return cache.keep(folder, key, prepared)
 
 

@@ -13,8 +13,7 @@ from lora_alpaca.artifacts import checkpoint
 from lora_alpaca.artifacts.checkpoint import Checkpoint
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.data.examples import Examples
-from lora_alpaca.data.sampler import rows_of_step
-from lora_alpaca.engine import Packed, Padded
+from lora_alpaca.data.sampler import Sampler
 from lora_alpaca.errors import RankError, TrainingError
 from lora_alpaca.models import lora
 from lora_alpaca.planning.plan import Plan
@@ -44,7 +43,9 @@ class Loop:
     def __post_init__(self) -> None:
         """Set the clocks."""
         self.ranks, self.reporter, self.stop = self.learner.ranks, self.learner.ranks.reporter, self.learner.ranks.stop
-        self.lengths = self.train.lengths
+        self.sampler = Sampler(
+            self.train.lengths, self.config.batch_size, self.config.seed, self.config.group_by_length
+        )
         self.begun = time.perf_counter() - self.progress.seconds
         self.window_begun, self.window_tokens = time.perf_counter(), 0
         self.saved = self.progress.step  # the step of the newest checkpoint
@@ -83,7 +84,7 @@ class Loop:
 
     def _step(self) -> None:
         config, progress = self.config, self.progress
-        rows = rows_of_step(progress.step, self.lengths, config.batch_size, config.seed, config.group_by_length)
+        rows = self.sampler.rows(progress.step)
         rate = self.plan.learning_rate(progress.step, config)
         self.ranks.seed(config.seed, progress.step)
         step = self.learner.step([self.train[row] for row in rows], rate)
@@ -145,10 +146,10 @@ class Loop:
     def _keep_size(self) -> None:
         """Let the plan, which checkpoints hold, have the size of packs or micro-batches that memory allowed."""
         engine = self.learner.engine
-        if isinstance(engine, Packed):
-            self.plan.token_budget = engine.token_budget
-        elif isinstance(engine, Padded):
-            self.plan.micro_batch_size = engine.micro_batch_size
+        if engine.name == "packed":
+            self.plan.token_budget = engine.batch_size
+        else:
+            self.plan.micro_batch_size = engine.batch_size
 
     # ------------------------------------------------------------------------------------------------- validation
 

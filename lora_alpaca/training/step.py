@@ -54,12 +54,12 @@ class Stepper:
         Nothing moves where loss or gradient are not finite. Until something does, a signal may end it (StepAbandoned).
         Raises TrainingError where the memory is too small.
         """
-        labels = sum(example.scored() for example in examples)
+        labels = sum(example.num_labels() for example in examples)
         with self.ranks.stop.may_abandon():
             loss = self._within_memory(lambda: self._gradient(examples, labels))
             norm = self._unscaled_norm()
         scaler = self.ranks.scaler
-        step = Step(loss, norm, labels, sum(len(example.input_ids) for example in examples))
+        step = Step(loss, norm, labels, sum(len(example.ids) for example in examples))
         step.overflow = scaler is not None and math.isfinite(loss) and not math.isfinite(norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -116,7 +116,7 @@ class Stepper:
         Raises TrainingError if it is not finite: such an adapter is never the best, and never goes unnoticed.
         """
         self.model.eval()
-        by_length = sorted(examples, key=lambda example: len(example.input_ids))  # like lengths: little padding
+        by_length = sorted(examples, key=lambda example: len(example.ids))  # like lengths: little padding
         with self.ranks.stop.may_abandon():
             mean = self._within_memory(lambda: self._mean_loss(by_length))
         if not math.isfinite(mean):

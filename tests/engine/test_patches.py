@@ -13,7 +13,7 @@ from engines import CPU, error, fit, make, rows, settings
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.engine import patches, pointwise
 from lora_alpaca.engine.int8_linear import Int8Linear
-from lora_alpaca.engine.loss import score_in_place
+from lora_alpaca.engine.loss import piece_loss_in_place
 from lora_alpaca.models.base import load_base, locate_base
 from lora_alpaca.models.device import DeviceSpec
 from lora_alpaca.planning.plan import Plan, resolve_engine
@@ -38,7 +38,7 @@ FIT = """
     import torch
     from engines import CPU, error, fit, make, rows, settings
     with fit(make("Llama"), settings(compiled=True), rows()) as (engine, said):
-        print(engine.score.__name__, *said)
+        print(engine.piece_loss.__name__, *said)
         for batch in engine.batches(rows()):
             engine.loss(batch).backward()
             with torch.no_grad():
@@ -51,8 +51,8 @@ FIT = """
 @pytest.mark.slow
 def test_compiled_parts_have_the_same_gradients(tmp_path):
     said = in_a_process_of_its_own(FIT, tmp_path)
-    assert "score engine: packs of 200 tokens, ready in" in said
-    assert int(said.splitlines()[-2]) == 6  # one for each function, and one for the score of a tiny vocabulary
+    assert "piece_loss engine: packs of 200 tokens, ready in" in said
+    assert int(said.splitlines()[-2]) == 6  # one for each function, and one for the loss with a tiny vocabulary
     name, off = eval(said.splitlines()[-1])
     assert name == "packed"
     assert off < 1e-5
@@ -61,7 +61,7 @@ def test_compiled_parts_have_the_same_gradients(tmp_path):
 def test_without_a_compiler_the_parts_are_eager_and_that_is_said(tmp_path):
     (tmp_path / "bin").mkdir()
     said = in_a_process_of_its_own(FIT, tmp_path, PATH=str(tmp_path / "bin"), CXX="/no/such/compiler")
-    assert said.startswith("score_in_place torch.compile fails here (")
+    assert said.startswith("piece_loss_in_place torch.compile fails here (")
     assert "going on without it" in said.splitlines()[0]
     name, off = eval(said.splitlines()[-1])
     assert name == "packed"
@@ -74,7 +74,7 @@ def test_a_compiler_that_computes_something_else_is_not_used(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", compile_wrongly)
     with fit(make("Llama"), settings(compiled=True), rows()) as (engine, said):
-        assert engine.score is score_in_place
+        assert engine.piece_loss is piece_loss_in_place
     assert "computes something else" in said[0]
 
 

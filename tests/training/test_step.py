@@ -54,7 +54,7 @@ def gradients(folder, rows, micro_batch_size, token_budget=None, **options):
     """
     config = FinetuneConfig(**OPTIONS | options)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    examples = [row.example() for row in Encoder(tokenizer, load_template("alpaca_short"), 128).encode(rows)]
+    examples = Encoder.for_prompts(tokenizer, load_template("alpaca_short")).encode(rows)
     with World(config) as ranks:
         assert ranks.agree("the same on every rank")
         assert ranks.agree(str(ranks.rank)) == (ranks.world_size == 1)
@@ -71,12 +71,12 @@ def reference(folder, rows):
     """Return the same from plain transformers and PEFT: one padded batch, mean loss over its labels."""
     config = FinetuneConfig(**OPTIONS)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    examples = [row.example() for row in Encoder(tokenizer, load_template("alpaca_short"), 128).encode(rows)]
+    examples = Encoder.for_prompts(tokenizer, load_template("alpaca_short")).encode(rows)
     model = with_adapter(folder, choose_device(config)[0])
-    longest = max(len(example.input_ids) for example in examples)
-    filled = [[*e.input_ids, *[0] * (longest - len(e.input_ids))] for e in examples]
+    longest = max(len(example.ids) for example in examples)
+    filled = [[*e.ids.tolist(), *[0] * (longest - len(e.ids))] for e in examples]
     labels = [[*e.labels, *[-100] * (longest - len(e.labels))] for e in examples]
-    mask = [[1] * len(e.input_ids) + [0] * (longest - len(e.input_ids)) for e in examples]
+    mask = [[1] * len(e.ids) + [0] * (longest - len(e.ids)) for e in examples]
     loss = model(input_ids=torch.tensor(filled), attention_mask=torch.tensor(mask), labels=torch.tensor(labels)).loss
     loss.backward()
     return torch.cat([p.grad.flatten() for p in lora.trainable_parameters(model)]), loss.item()
@@ -131,17 +131,17 @@ def test_a_loss_that_is_not_finite_moves_nothing(tiny_llama, rows):
         learner = Stepper(padded(model, 2), ranks, weight_decay=0.0, max_norm=1.0)
         before = lora.state(model)
         model.get_output_embeddings().weight.data[0] = float("nan")
-        assert not learner.step([Example([1, 5, 6], [-100, 5, 6])], 1e-3).finite
+        assert not learner.step([Example([1, 5, 6], [(1, 3)])], 1e-3).finite
         after = lora.state(model)
         with pytest.raises(TrainingError, match="the validation loss is nan"):
-            learner.evaluate([Example([1, 5, 6], [-100, 5, 6])])
+            learner.evaluate([Example([1, 5, 6], [(1, 3)])])
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_the_validation_loss_does_not_depend_on_the_micro_batch(tiny_llama, rows):
     config = FinetuneConfig(**OPTIONS)
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    examples = [row.example() for row in Encoder(tokenizer, load_template("alpaca_short"), 128).encode(rows[:9])]
+    examples = Encoder.for_prompts(tokenizer, load_template("alpaca_short")).encode(rows[:9])
     with World(config) as ranks:
         model = with_adapter(tiny_llama, ranks.spec)
         losses = [Stepper(padded(model, size), ranks, 0.0, 1.0).evaluate(examples) for size in (1, 4, 9)]
@@ -155,7 +155,7 @@ def test_optimizer_state_comes_back(tiny_llama, rows):
     with World(config) as ranks:
         model = with_adapter(tiny_llama, ranks.spec)
         learner = Stepper(padded(model, 2), ranks, weight_decay=0.0, max_norm=1.0)
-        learner.step([Example([1, 5, 6], [-100, 5, 6])], 1e-3)
+        learner.step([Example([1, 5, 6], [(1, 3)])], 1e-3)
         state = learner.optimizer_state()
         again = Stepper(padded(model, 2), ranks, weight_decay=0.0, max_norm=1.0)
         again.load_optimizer_state(state)
