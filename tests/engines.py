@@ -10,9 +10,10 @@ from conftest import ARCHITECTURES, LLAMA_SIZES
 
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.data.examples import IGNORED, Example
-from lora_alpaca.engine import Settings, fitted
+from lora_alpaca.engine import EngineChoices, fitted
 from lora_alpaca.engine.equivalence import difference, loss_and_gradient
 from lora_alpaca.models.base import Base
+from lora_alpaca.models.device import DeviceSpec
 from lora_alpaca.models.lora import attach, trainable_parameters
 
 CPU, VOCABULARY = torch.device("cpu"), 300
@@ -53,8 +54,8 @@ def rows(count=11, train_on_inputs=False, seed=0):
     for number in range(count):
         prompt = preambles[number % 2] + [draw.randrange(VOCABULARY) for _ in range(draw.randint(1, 12))]
         answer = [draw.randrange(VOCABULARY) for _ in range(draw.randint(1, 25))]
-        labels = prompt + answer if train_on_inputs else [IGNORED] * len(prompt) + answer
-        examples.append(Example(prompt + answer, labels))
+        first = 0 if train_on_inputs else len(prompt)
+        examples.append(Example(prompt + answer, [(first, len(prompt + answer))]))
     return examples
 
 
@@ -63,7 +64,7 @@ def reference(model, examples):
     parameters, model = trainable_parameters(model), model.eval()
     loss, gradient = torch.zeros(()), 0
     for example in examples:
-        logits = model(input_ids=torch.tensor([example.input_ids]), use_cache=False).logits[0, :-1]
+        logits = model(input_ids=torch.tensor(example.ids.tolist())[None], use_cache=False).logits[0, :-1]
         part = F.cross_entropy(logits, torch.tensor(example.labels[1:]), ignore_index=IGNORED, reduction="sum")
         found = torch.autograd.grad(part, parameters, allow_unused=True, materialize_grads=True)
         gradient = gradient + torch.cat([grad.flatten() for grad in found])
@@ -71,17 +72,16 @@ def reference(model, examples):
     return loss, gradient
 
 
-def settings(**changes):
-    defaults = {
-        "engine": "auto", "device": CPU, "dtype": torch.float32, "token_budget": 200, "share_prefix": True,
-        "micro_batch_size": 3, "pad_id": 0, "compiled": False,
-    }  # fmt: skip
-    return Settings(**defaults | changes)
+def settings(device=CPU, dtype=torch.float32, checked=False, **changes):
+    """Return choices for an engine, where it computes, and whether its packs are proven."""
+    choices = EngineChoices(**{"token_budget": 200, "micro_batch_size": 3} | changes)
+    return choices, DeviceSpec(device, dtype, bits=16), checked
 
 
-def fit(model, chosen, examples):
+def fit(model, chosen, examples, precision=nullcontext):
     """Return the context of a fitted engine."""
-    return fitted(model, chosen, examples, [len(example.input_ids) for example in examples], nullcontext)
+    choices, spec, checked = chosen
+    return fitted(model, choices, spec, 0, examples, precision, checked)
 
 
 def error(model, examples, chosen, world_size=1):

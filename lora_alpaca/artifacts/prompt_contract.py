@@ -7,7 +7,7 @@ is another one. Of the user's own rows there are hashes only: an adapter is publ
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,7 +150,8 @@ def read(folder: Path) -> PromptContract | None:
 def row_hashes(train: Examples) -> list[str]:
     """Return sha256 of the tokens and learned stretches of a few rows, evenly spread."""
     step = max(1, len(train) // HASHED_ROWS)
-    return [_sha256([train[row].input_ids, train.spans_of(row)]) for row in range(0, len(train), step)][:HASHED_ROWS]
+    rows = [train[row] for row in range(0, len(train), step)[:HASHED_ROWS]]
+    return [_sha256([row.ids.tolist(), row.spans]) for row in rows]
 
 
 def _identity(tokenizer: Any) -> dict[str, Any]:
@@ -175,31 +176,24 @@ def _vocabulary(tokenizer: Any) -> str:
 
 def _golden(tokenizer: Any, template: AnyTemplate) -> list[dict[str, Any]]:
     """Return the golden conversations that a template takes, as it and the tokenizer make them now."""
-    encoder = Encoder(tokenizer, template, add_eos_token=tokenizer.eos_token_id is not None)
+    encoder = Encoder.for_prompts(tokenizer, template)
     rows = []
-    for conversation in _taken(template, GOLDEN):
-        encoded = encoder.encode([conversation])[0]
+    for conversation in GOLDEN:
+        try:
+            (encoded,) = encoder.encode([conversation])
+        except TemplateError:
+            continue
         text = "".join(fragment.text for fragment in template.render(conversation))
         rows.append(
             {
                 "text": text,
-                "ids": encoded.ids,
-                "tokens": tokenizer.convert_ids_to_tokens(encoded.ids),
+                "ids": encoded.ids.tolist(),
+                "tokens": tokenizer.convert_ids_to_tokens(encoded.ids.tolist()),
                 "learned": [list(span) for span in encoded.spans],
                 "prompt_ids": len(encoder.prompt(conversation)),
             }
         )
     return rows
-
-
-def _taken(template: AnyTemplate, conversations: Iterable[Conversation]) -> Iterable[Conversation]:
-    for conversation in conversations:
-        try:
-            template.check(conversation)
-            template.render(conversation)
-        except TemplateError:
-            continue
-        yield conversation
 
 
 def stop_ids(model_ids: int | list[int] | None, tokenizer: Any, template: AnyTemplate) -> list[int]:

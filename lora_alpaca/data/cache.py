@@ -1,15 +1,15 @@
-"""Prepared rows on the disk, found again when nothing that they depend on has changed."""
+"""Prepared rows on the disk, used again when nothing that they depend on has changed."""
 
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lora_alpaca._version import __version__
-from lora_alpaca.config.shared import DataOptions
 from lora_alpaca.data import Rows
 from lora_alpaca.data.encoding import Encoder
 from lora_alpaca.data.examples import Examples
@@ -18,13 +18,13 @@ from lora_alpaca.data.statistics import Statistics
 from lora_alpaca.storage import atomic
 from lora_alpaca.storage.paths import user_cache, user_path
 
-CACHED_FROM = 5000  # rows; fewer are encoded in no time
-KEPT = 10  # prepared data sets in the cache; the one that was not used for longest goes first
+CACHED_FROM = 5000  # rows; fewer are encoded in a second
+KEPT = 10  # prepared data sets in the cache; the least recently used is removed first
 STATISTICS = "ledger.json"
 
 
 def cache_folder(cache_dir: str) -> Path | None:
-    """Return where prepared rows are kept, as `--cache_dir` says; None for nowhere."""
+    """Return the folder of prepared rows that `--cache_dir` names; None where rows are not cached."""
     if cache_dir == "none":
         return None
     if cache_dir:
@@ -32,7 +32,7 @@ def cache_folder(cache_dir: str) -> Path | None:
     return user_cache()
 
 
-def cache_key(rows: Rows, encoder: Encoder, options: DataOptions, held_out: set[int], tokenizer_sha256: str) -> str:
+def cache_key(rows: Rows, encoder: Encoder, held_out: set[int], tokenizer_sha256: str) -> str:
     """Return a sha256 of everything that prepared rows depend on."""
     facts: dict[str, Any] = {
         "version": __version__,
@@ -40,14 +40,13 @@ def cache_key(rows: Rows, encoder: Encoder, options: DataOptions, held_out: set[
         "held_out": sorted(held_out),
         "tokenizer": tokenizer_sha256,
         "template": [encoder.template.name, encoder.template.digest()],
-        "choices": [encoder.cutoff_len, encoder.train_on_inputs, encoder.add_eos_token, encoder.last_only],
-        "overlong": options.overlong,
+        "choices": asdict(encoder.choices),
     }
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def cached(folder: Path | None, key: str) -> Prepared | None:
-    """Return what an earlier run prepared, mapped from its files; None if there is nothing, or nothing whole."""
+    """Return what an earlier run prepared, mapped from its files; None if nothing is cached, or a file is damaged."""
     if folder is None or not (folder / key / STATISTICS).is_file():
         return None
     try:
@@ -62,9 +61,9 @@ def cached(folder: Path | None, key: str) -> Prepared | None:
 
 
 def keep(folder: Path | None, key: str, prepared: Prepared) -> Prepared:
-    """Write prepared rows to the cache, appearing there whole or not at all, and return them mapped from it.
+    """Write prepared rows to the cache, all of them or nothing, and return them mapped from its files.
 
-    A cache that cannot be written to is none: the rows are returned as they are.
+    Without a cache, or where the disk refuses, the rows themselves are returned.
     """
     if folder is None:
         return prepared
@@ -75,7 +74,7 @@ def keep(folder: Path | None, key: str, prepared: Prepared) -> Prepared:
         prepared.train.save(stage, "train")
         prepared.validation.save(stage, "validation")
         (stage / STATISTICS).write_text(json.dumps(prepared.statistics.to_json()), encoding="utf-8")
-        if (folder / key).exists():  # of another process, or damaged
+        if (folder / key).exists():  # written by another process, or damaged
             shutil.rmtree(folder / key)
         atomic.fsync_tree(stage)
         atomic.rename(stage, folder / key)
@@ -88,7 +87,7 @@ def keep(folder: Path | None, key: str, prepared: Prepared) -> Prepared:
 
 
 def _forget_oldest(folder: Path) -> None:
-    """Remove prepared data sets, which are named by their hash and hold a statistics, beyond the newest."""
+    """Remove the prepared data sets, folders named by a hash with statistics in them, beyond the newest."""
     ours = [path for path in folder.iterdir() if len(path.name) == 64 and (path / STATISTICS).is_file()]
     for path in sorted(ours, key=lambda path: path.stat().st_mtime)[:-KEPT]:
         shutil.rmtree(path, ignore_errors=True)

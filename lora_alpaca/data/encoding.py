@@ -1,89 +1,76 @@
-"""A conversation becomes token ids and learned stretches, with one boundary: where generation starts.
+"""A conversation becomes token ids and learned spans, with one boundary: where generation starts.
 
 The ids before an answer are made exactly as generation makes them, so they are a prefix of what training saw. The
 answer is encoded on its own, as the continuation that it is. The end token is an id, never a text.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
+import numpy as np
+
+from lora_alpaca.config.shared import DataOptions
 from lora_alpaca.data.examples import Example, Span
 from lora_alpaca.data.tokenization import TextEncoder
 from lora_alpaca.errors import DataError
-from lora_alpaca.prompts import AnyTemplate, Conversation, Fragment, Template
-
-_WINDOW = 20  # characters on either side of a seam; what is farther away does not bear on whether they melt
+from lora_alpaca.prompts import AnyTemplate, Conversation, Fragment
 
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """The ids of a row, its learned stretches, and the places of the end tokens among them."""
+@dataclass(frozen=True)
+class Choices:
+    """What shapes the ids of a row besides tokenizer and template: data options, under their own names."""
 
-    ids: list[int]
-    spans: list[Span]
-    ends: list[int]
-
-    def example(self) -> Example:
-        """Return the row as training has it."""
-        return Example(
-            self.ids, [token if learned else -100 for token, learned in zip(self.ids, self.mask(), strict=True)]
-        )
-
-    def mask(self) -> list[bool]:
-        """Return for every token whether it is learned."""
-        learned = [False] * len(self.ids)
-        for first, last in self.spans:
-            learned[first:last] = [True] * (last - first)
-        return learned
-
-    def scored(self) -> int:
-        """Return how many predictions are scored: the learned tokens, but for one on the very first place."""
-        return sum(last - max(first, 1) for first, last in self.spans)
-
-    def cut(self, length: int) -> "Encoded":
-        """Return the first `length` tokens, without a prompt at the end whose answer is gone."""
-        spans = [(first, min(last, length)) for first, last in self.spans if first < length]
-        length = spans[-1][1] if spans else length
-        return Encoded(self.ids[:length], spans, [end for end in self.ends if end < length])
+    cutoff_len: int = 512
+    overlong: Literal["truncate", "drop", "error"] = "truncate"
+    train_on_inputs: bool = False
+    train_on: Literal["all", "last"] = "all"
+    add_eos_token: bool = True
 
 
 class Encoder:
-    """Conversations to ids, for one tokenizer, one template bound to it, and one set of choices."""
+    """Conversations to examples, for one tokenizer, one template bound to it, and one set of choices.
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        template: AnyTemplate,
-        cutoff_len: int = 512,
-        train_on_inputs: bool = False,
-        add_eos_token: bool = True,
-        train_on: str = "all",
-    ):
+    `Encoder.from_options` makes the one that a command asks for, `Encoder.for_prompts` one for prompts alone.
+    """
+
+    def __init__(self, tokenizer: Any, template: AnyTemplate, choices: Choices):
         self.text = TextEncoder(tokenizer)
         self.template = template
-        self.cutoff_len = cutoff_len
-        self.train_on_inputs = train_on_inputs
-        self.add_eos_token = add_eos_token
-        self.last_only = train_on == "last"
-        self._begin = 0 if template.begins_itself else len(self.text.bos)  # where the first fragment stands
-        self._seams: dict[tuple[str, str], bool] = {}
-        if self.text.eos_id is None and add_eos_token:
+        self.choices = choices
+        self._begin = 0 if template.begins_itself else len(self.text.bos)  # position of the first fragment
+        if self.text.eos_id is None and choices.add_eos_token:
             raise DataError("the tokenizer has no end token to learn; pass --add_eos_token False to go without")
 
-    def encode(self, conversations: Sequence[Conversation]) -> list[Encoded]:
-        """Return every row as it is before anything is cut."""
+    @classmethod
+    def from_options(cls, tokenizer: Any, template: AnyTemplate, options: DataOptions) -> "Encoder":
+        """Return the encoder that the data options of a command ask for."""
+        return cls(tokenizer, template, Choices(**{name.name: getattr(options, name.name) for name in fields(Choices)}))
+
+    @classmethod
+    def for_prompts(cls, tokenizer: Any, template: AnyTemplate) -> "Encoder":
+        """Return an encoder for prompts and golden rows; it learns the end token where the tokenizer has one."""
+        return cls(tokenizer, template, Choices(add_eos_token=tokenizer.eos_token_id is not None))
+
+    def encode(self, conversations: Sequence[Conversation]) -> list[Example]:
+        """Return every row, uncut. Raises TemplateError for a conversation that the template cannot hold."""
+        for conversation in conversations:
+            self.template.check(conversation)
         rows = [self._fragments(conversation) for conversation in conversations]
         ids = self.text.fragments(rows, self.template.begins_itself)
-        return [self._put_together(fragments, parts) for fragments, parts in zip(rows, ids, strict=True)]
+        return [self._joined(fragments, parts) for fragments, parts in zip(rows, ids, strict=True)]
 
     def prompt(self, conversation: Conversation) -> list[int]:
-        """Return the ids that generation is fed: a prefix of what `encode` gives for the same row with an answer."""
+        """Return the ids that generation is fed: a prefix of what `encode` gives for the same row with an answer.
+
+        Raises TemplateError for a conversation that the template cannot hold.
+        """
+        self.template.check(conversation)
         return self.text.prompt(self.template.prompt(conversation), self.template.begins_itself)
 
     def _fragments(self, conversation: Conversation) -> list[Fragment]:
-        fragments = self.template.render(conversation, self.last_only)
-        if not self.add_eos_token:  # the ends of earlier turns stay, as part of what follows
+        fragments = self.template.render(conversation, self.choices.train_on == "last")
+        if not self.choices.add_eos_token:  # the ends of earlier turns stay, as part of what follows
             last = max(
                 (number for number, fragment in enumerate(fragments) if fragment.control and fragment.learned),
                 default=len(fragments),
@@ -93,7 +80,7 @@ class Encoder:
             ]
         return fragments
 
-    def _put_together(self, fragments: Sequence[Fragment], parts: Sequence[Sequence[int]]) -> Encoded:
+    def _joined(self, fragments: Sequence[Fragment], parts: Sequence[Sequence[int]]) -> Example:
         ids: list[int] = []
         spans: list[Span] = []
         ends: list[int] = []
@@ -107,34 +94,6 @@ class Encoder:
             if spans and spans[-1][1] == first:
                 first = spans.pop()[0]
             spans.append((first, len(ids)))
-        return Encoded(
-            ids, [(0, len(ids))] if self.train_on_inputs else [span for span in spans if span[0] < span[1]], ends
-        )
-
-    # ------------------------------------------------------------------------------- what alpaca-lora would have had
-
-    def other_ids(self, conversations: Sequence[Conversation]) -> list[bool]:
-        """Return for every row whether alpaca-lora's ids are others, because it encodes prompt and answer as one text.
-
-        Only what stands around the seam can differ, so only that is encoded. For templates that it does not have,
-        nothing differs.
-        """
-        template = self.template
-        if not isinstance(template, Template) or not template.is_upstreams:
-            return [False] * len(conversations)
-        seams = [(_tail(template, row)[-_WINDOW:], row.answers[0][: _WINDOW // 2]) for row in conversations]
-        new = sorted(set(seams) - self._seams.keys())
-        joint = self.text.encode([tail + answer for tail, answer in new], "first")
-        answers = self.text.encode([answer for _, answer in new], "continuation")
-        tails = sorted({tail for tail, _ in new})
-        before = dict(zip(tails, self.text.encode(tails, "first"), strict=True))
-        found = {seam: whole != before[seam[0]] + part for seam, whole, part in zip(new, joint, answers, strict=True)}
-        if len(self._seams) < 100_000:
-            self._seams |= found
-        return [found[seam] if seam in found else self._seams[seam] for seam in seams]
-
-
-def _tail(template: Template, row: Conversation) -> str:
-    """Return the text right before the answer: what the template always puts there, or else all that precedes it."""
-    always = template.tail and (not row.question.input or template.prompt_input.endswith(template.tail))
-    return template.tail if always else template.prompt(row)[-1].text
+        if self.choices.train_on_inputs:
+            spans = [(0, len(ids))]
+        return Example(np.array(ids, np.int32), [span for span in spans if span[0] < span[1]], ends)

@@ -1,9 +1,9 @@
-"""Training rows as token ids and labels, kept flat: four bytes a token, in memory or mapped from a file."""
+"""Training rows as token ids and learned spans, kept flat: four bytes a token, in memory or mapped from a file."""
 
 import hashlib
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
@@ -13,23 +13,68 @@ IGNORED = -100  # the label of a token that is not learned, as torch's cross-ent
 Span = tuple[int, int]  # of learned tokens: from the first to behind the last
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Example:
-    """`input_ids` and `labels` of one row, of equal length; a label is the id at its own place, or -100."""
+    """A row: its token ids, int32 [tokens], the spans of them that are learned, and the positions of its end tokens.
 
-    input_ids: list[int]
-    labels: list[int]
+    Spans are in order, not empty, and do not overlap. Only preparation needs `ends`; `Examples` does not keep them.
+    """
 
-    def scored(self) -> int:
-        """Return how many predictions this row is scored on: its labels, but for one on the very first token."""
-        return sum(label != IGNORED for label in self.labels[1:])
+    ids: np.ndarray
+    spans: list[Span]
+    ends: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Take the ids of a list too."""
+        self.ids = np.asarray(self.ids, np.int32)
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether another row has the same ids, spans and ends."""
+        if not isinstance(other, Example):
+            return NotImplemented
+        return (self.spans, self.ends) == (other.spans, other.ends) and np.array_equal(self.ids, other.ids)
+
+    @property
+    def labels(self) -> list[int]:
+        """Return the id of every token that is learned, and -100 for the others."""
+        labels: list[int] = np.where(self.mask(), self.ids, IGNORED).tolist()
+        return labels
+
+    def mask(self) -> np.ndarray:
+        """Return for every token whether it is learned, bool [tokens]."""
+        learned = np.zeros(len(self.ids), bool)
+        for first, last in self.spans:
+            learned[first:last] = True
+        return learned
+
+    def num_labels(self) -> int:
+        """Return the number of predictions with a label: the learned tokens, without the first token of the row."""
+        return sum(last - max(first, 1) for first, last in self.spans)
+
+    def cut(self, length: int) -> "Example":
+        """Return the first `length` tokens, without a prompt at the end that has lost its answer."""
+        spans = [(first, min(last, length)) for first, last in self.spans if first < length]
+        length = spans[-1][1] if spans else length
+        return Example(self.ids[:length], spans, [end for end in self.ends if end < length])
+
+
+def label_positions(examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the row and the position of every label of some examples, as int64 [labels] each, in order.
+
+    The first token of a row is no label: nothing comes before it that could predict it.
+    """
+    spans = [(row, max(first, 1), last) for row, example in enumerate(examples) for first, last in example.spans]
+    row, first, last = np.array(spans, np.int64).reshape(-1, 3).T
+    lengths = last - first
+    before = np.cumsum(lengths) - lengths  # labels of the earlier spans
+    return np.repeat(row, lengths), np.arange(lengths.sum()) + np.repeat(first - before, lengths)
 
 
 class Examples(Sequence[Example]):
-    """Many examples in four flat arrays. `examples[n]` makes an Example; nothing else holds the tokens twice.
+    """Many examples in four flat arrays. `examples[n]` is an Example whose ids are a part of them, not a copy.
 
     `ids` int32 [tokens] and `starts` int64 [rows + 1] are the rows; `spans` int32 [spans, 2] and `first_spans`
-    int64 [rows + 1] are the stretches of each row that are learned, as places in the row.
+    int64 [rows + 1] are the learned spans of each row, as positions in the row.
     """
 
     ARRAYS = (("ids", np.int32), ("starts", np.int64), ("spans", np.int32), ("first_spans", np.int64))
@@ -49,28 +94,21 @@ class Examples(Sequence[Example]):
         if isinstance(row, slice):
             return [self[number] for number in range(*row.indices(len(self)))]
         row = range(len(self))[row]  # negative numbers, and IndexError
-        ids = self.ids[self.starts[row] : self.starts[row + 1]].tolist()
-        labels = [IGNORED] * len(ids)
-        for first, last in self.spans_of(row):
-            labels[first:last] = ids[first:last]
-        return Example(ids, labels)
+        spans = self.spans[self.first_spans[row] : self.first_spans[row + 1]].tolist()
+        return Example(self.ids[self.starts[row] : self.starts[row + 1]], [(first, last) for first, last in spans])
 
     def __iter__(self) -> Iterator[Example]:
         return (self[row] for row in range(len(self)))
 
-    def spans_of(self, row: int) -> list[Span]:
-        """Return the learned stretches of a row."""
-        return [(first, last) for first, last in self.spans[self.first_spans[row] : self.first_spans[row + 1]].tolist()]
-
     @property
-    def lengths(self) -> tuple[int, ...]:
-        """Return the number of tokens of every row."""
-        return tuple(np.diff(self.starts).tolist())
+    def lengths(self) -> np.ndarray:
+        """Return the number of tokens of every row, as int64 [rows]."""
+        return np.diff(self.starts)
 
     def is_whole(self) -> bool:
         """Return whether the arrays fit together: False for files that were cut short."""
         rows = len(self.first_spans) == len(self.starts) > 0
-        return rows and self.starts[-1] == len(self.ids) and self.first_spans[-1] == len(self.spans)
+        return bool(rows and self.starts[-1] == len(self.ids) and self.first_spans[-1] == len(self.spans))
 
     def digest(self) -> str:
         """Return a sha256 of all tokens and of which are learned."""
@@ -91,34 +129,35 @@ class Examples(Sequence[Example]):
 
 
 def _map(path: Path, dtype: Any) -> np.ndarray:
-    return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
+    """Return a file as an array. A plain view of the memory map: the subclass `memmap` is ten times slower to slice."""
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r")) if path.stat().st_size else np.empty(0, dtype)
 
 
 class Builder:
-    """Takes rows one by one and gives an `Examples`. With `block` rows are put end to end and cut to blocks of that."""
+    """Takes rows one by one and gives an `Examples`. With `block`, rows are joined and cut to blocks of that length."""
 
     def __init__(self, block: int = 0):
         self._block = block
         self._ids, self._starts = array("i"), array("q", [0])
         self._spans, self._first_spans = array("i"), array("q", [0])
 
-    def add(self, ids: Sequence[int], spans: Sequence[Span]) -> None:
-        """Add a row with its learned stretches, or in blocks a document, all of which is learned."""
-        self._ids.extend(ids)
+    def add(self, row: Example) -> None:
+        """Add a row; in blocks, all of it is learned."""
+        self._ids.frombytes(row.ids.tobytes())
         if self._block:
             while len(self._ids) - self._starts[-1] >= self._block:
                 self._end(self._starts[-1] + self._block, [(0, self._block)])
         else:
-            self._end(len(self._ids), spans)
+            self._end(len(self._ids), row.spans)
 
-    def _end(self, place: int, spans: Sequence[Span]) -> None:
-        self._starts.append(place)
+    def _end(self, stop: int, spans: Sequence[Span]) -> None:
+        self._starts.append(stop)
         for span in spans:
             self._spans.extend(span)
         self._first_spans.append(len(self._spans) // 2)
 
     def build(self) -> Examples:
-        """Return the examples; what is left of the last block is one of its own."""
+        """Return the examples; the rest of the last block is a block of its own."""
         left = len(self._ids) - self._starts[-1]
         if left:
             self._end(len(self._ids), [(0, left)])

@@ -1,4 +1,4 @@
-"""Rows to examples in one stream: read, encode, fit to the cutoff, count; and the same from a cache if nothing changed.
+"""Rows to examples in one stream: read, encode, fit to the cutoff, count.
 
 Only tokens are kept, so a million rows need little more memory than their ids.
 """
@@ -12,10 +12,9 @@ from itertools import islice
 
 import numpy as np
 
-from lora_alpaca.config.shared import DataOptions
 from lora_alpaca.data import Rows, gc_disabled
-from lora_alpaca.data.encoding import Encoded, Encoder
-from lora_alpaca.data.examples import Builder, Examples
+from lora_alpaca.data.encoding import Encoder
+from lora_alpaca.data.examples import Builder, Example, Examples
 from lora_alpaca.data.statistics import Statistics
 from lora_alpaca.errors import DataError
 from lora_alpaca.prompts import Conversation
@@ -33,23 +32,20 @@ class Prepared:
     statistics: Statistics
 
 
-def prepare(
-    rows: Rows, encoder: Encoder, options: DataOptions, held_out: set[int], progress: Callable[[int], None]
-) -> Prepared:
+def prepare(rows: Rows, encoder: Encoder, held_out: set[int], progress: Callable[[int], None]) -> Prepared:
     """Return the examples of all rows, those of the numbers in `held_out` for validation.
 
     `progress` is called with the number of rows that are done. Raises DataError where no row is left to learn from,
     or for the first row that is too long under `--overlong error`.
     """
-    documents = set(rows.formats) == {"text"}
-    work = _Preparation(rows, encoder, options, held_out, blocks=encoder.cutoff_len if documents else 0)
+    preparation = _Preparation(rows, encoder, held_out)
     first = 0
     with gc_disabled(), ThreadPoolExecutor(THREADS) as pool:
         for chunk, encoded in _encoded_ahead(pool, encoder, _chunks(rows)):
-            work.take(first, chunk, encoded)
+            preparation.take(first, chunk, encoded)
             first += len(chunk)
             progress(len(chunk))
-    return work.done()
+    return preparation.done()
 
 
 def _chunks(rows: Rows) -> Iterator[list[Conversation]]:
@@ -60,33 +56,34 @@ def _chunks(rows: Rows) -> Iterator[list[Conversation]]:
 
 def _encoded_ahead(
     pool: ThreadPoolExecutor, encoder: Encoder, chunks: Iterable[list[Conversation]]
-) -> Iterator[tuple[list[Conversation], list[Encoded]]]:
-    """Yield chunks with their encoded rows, in order, while the next ones are under way.
+) -> Iterator[tuple[list[Conversation], list[Example]]]:
+    """Yield chunks with their encoded rows, in order, while the next ones are being encoded.
 
-    The tokenizer's work, outside of Python, goes on beside Python's own and that of other chunks.
+    The tokenizer works outside of Python, so chunks are encoded at the same time, and while Python counts.
     """
-    under_way: deque[tuple[list[Conversation], Future[list[Encoded]]]] = deque()
+    pending: deque[tuple[list[Conversation], Future[list[Example]]]] = deque()
     for chunk in chunks:
-        for conversation in chunk:
-            encoder.template.check(conversation)
-        under_way.append((chunk, pool.submit(encoder.encode, chunk)))
-        if len(under_way) > THREADS:
-            done, encoded = under_way.popleft()
+        pending.append((chunk, pool.submit(encoder.encode, chunk)))
+        if len(pending) > THREADS:
+            done, encoded = pending.popleft()
             yield done, encoded.result()
-    for done, encoded in under_way:
+    for done, encoded in pending:
         yield done, encoded.result()
 
 
 class _Preparation:
-    """The preparation under way: two builders, and the statistics that every row goes through."""
+    """Two builders, and the statistics, that the encoded rows are added to."""
 
-    def __init__(self, rows: Rows, encoder: Encoder, options: DataOptions, held_out: set[int], blocks: int):
-        self._rows, self._encoder, self._overlong, self._blocks = rows, encoder, options.overlong, blocks
-        self._held_out = held_out
-        self._parts = {"train": Builder(blocks), "validation": Builder(blocks)}
+    def __init__(self, rows: Rows, encoder: Encoder, held_out: set[int]):
+        self._encoder, self._choices, self._held_out = encoder, encoder.choices, held_out
+        self._documents = set(rows.formats) == {"text"}
+        block = self._choices.cutoff_len if self._documents else 0
+        self._parts = {"train": Builder(block), "validation": Builder(block)}
         self._double, self._shared = _doubles(rows, held_out)
         self._lengths = np.zeros(len(rows), np.int32)
-        self.statistics = Statistics(encoder.cutoff_len, read=len(rows) + len(rows.dropped), formats=dict(rows.formats))
+        self.statistics = Statistics(
+            self._choices.cutoff_len, read=len(rows) + len(rows.dropped), formats=dict(rows.formats)
+        )
         for where, reason in rows.dropped:
             self.statistics.bad.add(where, reason)
         for where in rows.empty_answers:
@@ -94,42 +91,39 @@ class _Preparation:
         for where in rows.blank_instructions:
             self.statistics.blank_instructions.add(where)
 
-    def take(self, first: int, conversations: list[Conversation], encoded: list[Encoded]) -> None:
-        """Put encoded rows, whose numbers count up from `first`, where they belong."""
+    def take(self, first: int, conversations: list[Conversation], encoded: list[Example]) -> None:
+        """Count encoded rows, whose numbers begin at `first`, and add them to the training or the validation part."""
         for number, (conversation, row) in enumerate(zip(conversations, encoded, strict=True), start=first):
             self._note(number, conversation, row)
-            kept = row if self._blocks else self._fitted(row, conversation.where)
+            kept = row if self._documents else self._fitted(row, conversation.where)
             if kept is not None:
-                self._parts["validation" if number in self._held_out else "train"].add(kept.ids, kept.spans)
-        for conversation, other in zip(conversations, self._encoder.other_ids(conversations), strict=True):
-            if other:
-                self.statistics.other_ids.add(conversation.where, _seam(conversation, self._encoder))
+                self._parts["validation" if number in self._held_out else "train"].add(kept)
 
-    def _note(self, number: int, conversation: Conversation, row: Encoded) -> None:
+    def _note(self, number: int, conversation: Conversation, row: Example) -> None:
         statistics, where = self.statistics, conversation.where
         self._lengths[number] = len(row.ids)
         if self._double[number]:
             statistics.duplicates.add(where)
         if self._shared[number]:
             statistics.shared.add(where)
-        learns_all = self._encoder.add_eos_token and not self._encoder.last_only
+        learns_all = self._choices.add_eos_token and self._choices.train_on == "all"
         if learns_all and len(row.ends) < len(conversation.answers):
             statistics.last_turn_only.add(where)
         typed = next(filter(None, map(self._encoder.text.control_pattern.search, conversation.texts())), None)
         if typed:
             statistics.control_text.add(where, typed[0])
 
-    def _fitted(self, row: Encoded, where: str) -> Encoded | None:
+    def _fitted(self, row: Example, where: str) -> Example | None:
         """Return a row at most as long as the cutoff, or None for one that is dropped."""
-        statistics, cutoff = self.statistics, self._encoder.cutoff_len
+        statistics, cutoff, overlong = self.statistics, self._choices.cutoff_len, self._choices.overlong
         long = len(row.ids) > cutoff
-        if long and self._overlong == "error":
+        if long and overlong == "error":
             raise DataError(f"{where}: {len(row.ids)} tokens, more than --cutoff_len {cutoff} (--overlong error)")
-        if long and self._overlong == "drop":
+        if long and overlong == "drop":
             statistics.overlong.add(where)
             return None
         kept = row.cut(cutoff) if long else row
-        if kept.scored() <= 0:
+        if not kept.num_labels():
             statistics.without_label.add(where)
             return None
         if long:
@@ -143,7 +137,7 @@ class _Preparation:
         train, validation, statistics = self._parts["train"].build(), self._parts["validation"].build(), self.statistics
         if not len(train):
             raise DataError(
-                f"no row has anything to learn at --cutoff_len {self._encoder.cutoff_len}: "
+                f"no row has anything to learn at --cutoff_len {self._choices.cutoff_len}: "
                 f"{statistics.dropped()} of {statistics.read} rows are dropped "
                 f"(first: {(statistics.without_label.first + statistics.overlong.first + statistics.bad.first)[0]})"
             )
@@ -164,8 +158,3 @@ def _doubles(rows: Rows, held_out: set[int]) -> tuple[np.ndarray, np.ndarray]:
     double[np.unique(keys, return_index=True)[1]] = False
     held[list(held_out)] = True
     return double, held & np.isin(keys, keys[~held])
-
-
-def _seam(conversation: Conversation, encoder: Encoder) -> str:
-    before = encoder.template.prompt(conversation)[-1].text
-    return repr(f"{before[-12:]}|{conversation.answers[0][:12]}")

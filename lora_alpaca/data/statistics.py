@@ -1,4 +1,4 @@
-"""What became of the rows, in numbers and sentences: printed before training, and kept with the run."""
+"""Counts of what happened to the rows, and sentences about them: printed before training, and kept with the run."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -11,7 +11,7 @@ NAMED = 5  # rows of a kind that are named, of however many
 
 @dataclass
 class Count:
-    """How many rows of a kind there are, where the first ones stand, and for dropped ones why the first was."""
+    """How many rows of a kind there are, where the first ones are, and an example or the reason of the first."""
 
     count: int = 0
     first: list[str] = field(default_factory=list)
@@ -25,7 +25,7 @@ class Count:
             self.first.append(where)
 
 
-SENTENCES = {  # by the statistics's fields, in the order in which they are said
+SENTENCES = {  # by field, in the order in which they are printed
     "bad": "cannot be used and are dropped",
     "overlong": "are longer than --cutoff_len {cutoff_len} and are dropped",
     "without_label": "have a prompt of --cutoff_len {cutoff_len} or more, so no answer is left; they are dropped",
@@ -39,8 +39,8 @@ SENTENCES = {  # by the statistics's fields, in the order in which they are said
 }
 NOTES = {  # not amiss, but good to know
     "control_text": "hold control tokens as text (like {example}); they stay text",
-    "other_ids": "get other ids than alpaca-lora gives them, where prompt and answer meet: {example}",
 }
+FORMER = {"other_ids"}  # counts of earlier versions, which saved statistics may hold
 
 
 @dataclass
@@ -66,7 +66,6 @@ class Statistics:
     blank_instructions: Count = field(default_factory=Count)
     last_turn_only: Count = field(default_factory=Count)
     control_text: Count = field(default_factory=Count)
-    other_ids: Count = field(default_factory=Count)
 
     def lines(self) -> list[str]:
         """Return the sentences to print: what is trained on, what was lost, and what is good to know."""
@@ -84,13 +83,13 @@ class Statistics:
         return lines
 
     def _line(self, mark: str, key: str, sentence: str) -> list[str]:
-        tally: Count = getattr(self, key)
-        if not tally.count:
+        found: Count = getattr(self, key)
+        if not found.count:
             return []
-        said = sentence.format(cutoff_len=self.cutoff_len, example=tally.example)
-        why = f": {tally.example}" if key == "bad" else ""
-        share = tally.count / max(1, self.read)
-        return [f"{mark}{tally.count:,} of {self.read:,} rows ({share:.1%}) {said} (first: {tally.first[0]}{why})"]
+        text = sentence.format(cutoff_len=self.cutoff_len, example=found.example)
+        why = f": {found.example}" if key == "bad" else ""
+        share = found.count / max(1, self.read)
+        return [f"{mark}{found.count:,} of {self.read:,} rows ({share:.1%}) {text} (first: {found.first[0]}{why})"]
 
     def dropped(self) -> int:
         """Return how many rows are not trained or validated on."""
@@ -103,10 +102,10 @@ class Statistics:
             ("max_dropped", max_dropped, self.dropped(), "are dropped"),
             ("max_duplicates", max_duplicates, self.duplicates.count, "are exact doubles"),
         )
-        for flag, limit, count, said in gates:
+        for flag, limit, count, what in gates:
             if limit is not None and count > limit * self.read:
                 raise DataError(
-                    f"--{flag} {limit}: {count:,} of {self.read:,} rows ({count / self.read:.1%}) {said}; "
+                    f"--{flag} {limit}: {count:,} of {self.read:,} rows ({count / self.read:.1%}) {what}; "
                     + "; ".join(line for line in self.lines() if line.startswith("warning"))
                 )
 
@@ -116,7 +115,9 @@ class Statistics:
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> "Statistics":
-        """Return a statistics that was saved."""
-        tallies = {found.name for found in fields(cls) if found.default_factory is Count}
-        values: dict[str, Any] = {key: Count(**value) if key in tallies else value for key, value in stored.items()}
+        """Return statistics that were saved. Counts that only earlier versions made are left out."""
+        counts = {found.name for found in fields(cls) if found.default_factory is Count}
+        values: dict[str, Any] = {
+            key: Count(**value) if key in counts else value for key, value in stored.items() if key not in FORMER
+        }
         return cls(**values)

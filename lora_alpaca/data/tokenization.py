@@ -1,7 +1,7 @@
-"""Text to token ids with a transformers tokenizer, according to what the text follows.
+"""Text to token ids with a transformers tokenizer, by the position of the text in its row.
 
-A text that begins a row gets the dummy space of SentencePiece, one that goes on does not; after a control token the
-tokenizer's own habit decides. Control strings typed by a user (`</s>`) are always encoded as the text they are.
+A text that begins a row gets the dummy space of SentencePiece, a continuation does not; after a control token the
+tokenizer's own habit decides. Control strings typed by a user (`</s>`) are always encoded as text.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ from functools import cached_property
 from operator import itemgetter
 from typing import Any, Literal
 
+from lora_alpaca.errors import ModelError
 from lora_alpaca.prompts import EOS, Fragment
 
 Position = Literal["first", "after_token", "continuation"]
@@ -24,21 +25,15 @@ class TextEncoder:
         self._tokenizer = tokenizer
         self.eos_id: int | None = tokenizer.eos_token_id
         self.bos: list[int] = [i for i in tokenizer("")["input_ids"] if i == tokenizer.bos_token_id][:1]
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        self._first = None if backend is None else _plain(json.loads(backend.to_str()))
-        self._continuation = None if backend is None else _plain(_without_dummy_prefix(json.loads(backend.to_str())))
+        self._first = _plain(_backend_state(tokenizer))
+        self._continuation = _plain(_without_dummy_prefix(_backend_state(tokenizer)))
 
-    def encode(self, texts: Sequence[str], place: Position) -> list[list[int]]:
-        """Return the ids of texts that all stand in one kind of place; neither begun nor ended by control tokens."""
-        if place == "after_token":
-            place = self._after_token
-        backend = self._first if place == "first" else self._continuation
-        if backend is not None:
-            return [found.ids for found in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-        if place == "first":
-            return [self._slow(text) for text in texts]
-        anchor = self._slow("\n")  # a tokenizer in Python cannot be told; it is shown a text that goes on instead
-        return [self._slow("\n" + text)[len(anchor) :] for text in texts]
+    def encode(self, texts: Sequence[str], position: Position) -> list[list[int]]:
+        """Return the ids of texts that are all in one position of their rows, without control tokens around them."""
+        if position == "after_token":
+            position = self._after_token
+        backend = self._first if position == "first" else self._continuation
+        return [found.ids for found in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def token_id(self, control: str) -> int:
         """Return the id of a control token by its name; `EOS` is the end token."""
@@ -48,16 +43,16 @@ class TextEncoder:
     def fragments(self, rows: Sequence[Sequence[Fragment]], begins_itself: bool = False) -> list[list[list[int]]]:
         """Return the ids of every fragment of every row; the first begins with the beginning-of-text token."""
         texts: dict[Position, list[str]] = {"first": [], "after_token": [], "continuation": []}
-        places = [_positions(fragments, self._swallows) for fragments in rows]
-        for row in places:
-            for place, text in row:
-                if place != "control":
-                    texts[place].append(text)
-        encoded = {place: iter(self.encode(found, place)) for place, found in texts.items()}
+        positioned = [_positions(fragments, self._swallows) for fragments in rows]
+        for row in positioned:
+            for position, text in row:
+                if position != "control":
+                    texts[position].append(text)
+        encoded = {position: iter(self.encode(found, position)) for position, found in texts.items()}
         bos = [] if begins_itself else self.bos
         ids = [
-            [[self.token_id(text)] if place == "control" else next(encoded[place]) for place, text in row]
-            for row in places
+            [[self.token_id(text)] if position == "control" else next(encoded[position]) for position, text in row]
+            for row in positioned
         ]
         return [[bos + row[0], *row[1:]] if row else [] for row in ids]
 
@@ -113,17 +108,14 @@ class TextEncoder:
                 return "first" if ids[1:] != self.encode(["a"], "continuation")[0] else "continuation"
         return "continuation"
 
-    def _slow(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-
 
 def _positions(fragments: Sequence[Fragment], swallows: dict[str, tuple[bool, bool]]) -> list[tuple[Any, str]]:
-    """Return (place, text) of every fragment; `control` is the place of a control token."""
-    places: list[tuple[Any, str]] = []
+    """Return (position, text) of every fragment; the position of a control token is `control`."""
+    positions: list[tuple[Any, str]] = []
     after_token = False
     for number, fragment in enumerate(fragments):
         if fragment.control:
-            places.append(("control", fragment.text))
+            positions.append(("control", fragment.text))
             after_token = True
             continue
         text = fragment.text
@@ -133,19 +125,28 @@ def _positions(fragments: Sequence[Fragment], swallows: dict[str, tuple[bool, bo
             following = fragments[number + 1] if number + 1 < len(fragments) else None
             if following and following.control and swallows.get(following.text, (False, False))[0]:
                 text = text.rstrip()
-        places.append(("first" if not number else "after_token" if after_token else "continuation", text))
+        positions.append(("first" if not number else "after_token" if after_token else "continuation", text))
         after_token = after_token and not text
-    return places
+    return positions
 
 
 def hash_tokenizer(tokenizer: Any) -> str:
     """Return a sha256 of what turns text into ids: vocabulary, added tokens, merges and normalisation."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    state = json.loads(backend.to_str()) if backend is not None else {"vocabulary": tokenizer.get_vocab()}
+    state = _backend_state(tokenizer)
     for passing in ("truncation", "padding", "version"):
         state.pop(passing, None)
     ends = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer("")["input_ids"]]
     return hashlib.sha256(json.dumps([state, ends], sort_keys=True).encode()).hexdigest()
+
+
+def _backend_state(tokenizer: Any) -> dict[str, Any]:
+    """Return the JSON of what encodes in a tokenizer. ModelError for one written in Python, which has none."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        name = type(tokenizer).__name__
+        raise ModelError(f"the tokenizer {name} is written in Python and has no tokenizer.json; use another base model")
+    state: dict[str, Any] = json.loads(backend.to_str())
+    return state
 
 
 def _plain(state: dict[str, Any]) -> Any:

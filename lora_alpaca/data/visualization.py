@@ -10,7 +10,8 @@ from pathlib import Path
 from lora_alpaca.config import ShowConfig
 from lora_alpaca.config.shared import DEMO
 from lora_alpaca.data import Rows
-from lora_alpaca.data.encoding import Encoded, Encoder
+from lora_alpaca.data.encoding import Encoder
+from lora_alpaca.data.examples import Example
 from lora_alpaca.errors import ConfigError, FolderError
 from lora_alpaca.models.base import locate_base
 from lora_alpaca.models.tokenizer import load_tokenizer
@@ -21,7 +22,7 @@ from lora_alpaca.storage.paths import user_path
 ROWS_ON_A_PAGE = 100
 _MARK = "<!-- lora-alpaca show -->"
 _LEARNED, _SEEN, _CUT, _PLAIN = ("\033[30;42m", "\033[30;102m"), "\033[2m", "\033[9;31m", "\033[0m"  # two greens
-Token = tuple[str, str]  # text as it stands in the row, and learned, seen or cut
+Token = tuple[str, str]  # its text, and whether it is learned, seen or cut
 
 
 def show(config: ShowConfig) -> None:
@@ -35,12 +36,8 @@ def show(config: ShowConfig) -> None:
     base = locate_base(config.base_model or DEMO, config.revision, config.trust_remote_code)
     tokenizer = load_tokenizer(base)
     template = (template or fitting_template(rows.formats, tokenizer)).bound(tokenizer)
-    encoder = Encoder(
-        tokenizer, template, config.cutoff_len, config.train_on_inputs, config.add_eos_token, config.train_on
-    )
+    encoder = Encoder.from_options(tokenizer, template, config)
     chosen = [row for number, row in enumerate(rows, start=1) if number in set(numbers)]
-    for row in chosen:
-        template.check(row)
     pairs = list(zip(chosen, encoder.encode(chosen), strict=True))
     title = f"{config.data_path or DEMO}, template {template.name}, tokenizer of {base.name}"
     if target is None:
@@ -51,11 +48,11 @@ def show(config: ShowConfig) -> None:
     print(f"{len(pairs)} rows written to {target}")
 
 
-def _numbers(said: Sequence[str], rows: int) -> list[int]:
-    for number in said:
+def _numbers(given: Sequence[str], rows: int) -> list[int]:
+    for number in given:
         if not number.isdecimal() or not 1 <= int(number) <= rows:
             raise ConfigError(f"--row {number}: the rows have the numbers 1 to {rows}")
-    return [int(number) for number in said]
+    return [int(number) for number in given]
 
 
 def _target(path: Path) -> Path:
@@ -67,20 +64,24 @@ def _target(path: Path) -> Path:
     return path
 
 
-def tokens(encoded: Encoded, encoder: Encoder) -> list[Token]:
+def tokens(encoded: Example, encoder: Encoder) -> list[Token]:
     """Return the tokens of a row as (text, learned | seen | cut). The texts joined are the row as it is decoded."""
-    kept = encoded.cut(encoder.cutoff_len) if len(encoded.ids) > encoder.cutoff_len else encoded
+    kept = _cut(encoded, encoder)
     kinds = ["learned" if learned else "seen" for learned in kept.mask()]
     kinds += ["cut"] * (len(encoded.ids) - len(kinds))
-    return list(zip(encoder.text.pieces(encoded.ids), kinds, strict=True))
+    return list(zip(encoder.text.pieces(encoded.ids.tolist()), kinds, strict=True))
 
 
-def _summary(encoded: Encoded, encoder: Encoder) -> str:
-    kept = encoded.cut(encoder.cutoff_len)
-    learned = sum(kept.mask())
+def _cut(encoded: Example, encoder: Encoder) -> Example:
+    return encoded.cut(encoder.choices.cutoff_len) if len(encoded.ids) > encoder.choices.cutoff_len else encoded
+
+
+def _summary(encoded: Example, encoder: Encoder) -> str:
+    kept = _cut(encoded, encoder)
+    learned = kept.mask().sum()
     lost = len(encoded.ids) - len(kept.ids)
-    cut = f", {lost} cut off at --cutoff_len {encoder.cutoff_len}" if lost else ""
-    if kept.scored() <= 0:
+    cut = f", {lost} cut off at --cutoff_len {encoder.choices.cutoff_len}" if lost else ""
+    if not kept.num_labels():
         cut += "; nothing is left to learn, the row is dropped"
     return f"{len(kept.ids)} tokens, {learned} of them learned{cut}"
 
@@ -88,7 +89,7 @@ def _summary(encoded: Encoded, encoder: Encoder) -> str:
 # ---------------------------------------------------------------------------------------------------------- terminal
 
 
-def _in_terminal(row: Conversation, encoded: Encoded, encoder: Encoder, coloured: bool) -> str:
+def _in_terminal(row: Conversation, encoded: Example, encoder: Encoder, coloured: bool) -> str:
     """Return a row for the terminal: learned tokens on green, what is cut struck out; without colours, in brackets."""
     found = tokens(encoded, encoder)
     if coloured:
@@ -138,7 +139,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; padding: .8rem 1rem; borde
 """
 
 
-def page(title: str, rows: Sequence[tuple[Conversation, Encoded]], encoder: Encoder) -> str:
+def page(title: str, rows: Sequence[tuple[Conversation, Example]], encoder: Encoder) -> str:
     """Return a web page of rows that needs nothing but itself; whatever the rows contain is text on it."""
     sections = []
     for row, encoded in rows:

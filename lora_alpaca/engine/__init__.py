@@ -1,11 +1,12 @@
 """Examples to batches to losses, on the library's own model with our attention, pointwise and loss functions.
 
-`fitting` puts them in and takes them out, `patches` are the places, `equivalence` checks that nothing changes.
-`batches` are packed (`packing`, `attention`) or padded; `loss`, `pointwise` and `int8_linear` compute, `allocator`
-keeps buffers.
+`fitting` makes a model ready to train: `patches` replaces its layers, `equivalence` compares packs with single rows.
+`engines` compute the losses of `batches`, packed (`packing`, `attention`) or padded; `loss`, `pointwise` and
+`int8_linear` are our layers, `allocator` keeps buffers.
 """
 
-from lora_alpaca.engine.batches import Batch, Engine, Packed, Padded
-from lora_alpaca.engine.fitting import Settings, fitted
+from lora_alpaca.engine.batches import Batch
+from lora_alpaca.engine.engines import Engine, Packed, Padded
+from lora_alpaca.engine.fitting import EngineChoices, fitted
 
-__all__ = ["Batch", "Engine", "Packed", "Padded", "Settings", "fitted"]
+__all__ = ["Batch", "Engine", "EngineChoices", "Packed", "Padded", "fitted"]

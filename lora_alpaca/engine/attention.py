@@ -1,11 +1,11 @@
-"""Attention over a pack, put into transformers by its own interfaces: a token sees its own path and nothing else.
+"""Attention over a pack, registered with transformers: a token sees its own path and nothing else.
 
     model.set_attn_implementation(NAME)
-    body(input_ids=pack.input_ids, position_ids=pack.positions, use_cache=False, pack=pack)
+    body(**pack.inputs(), use_cache=False)
 
-The keyword `pack` travels through the model to every attention layer. A call without it is attention as it always is,
-so evaluation and generation go on working; but a call whose positions start again in the middle and which brings no
-pack would mix up rows, and is an error.
+The model passes the keyword `pack` to every attention layer. A call without it is ordinary attention, so evaluation
+and generation work as before; but a call whose positions restart in the middle, without a pack, would mix up rows, and
+is an error.
 
 Shapes: N tokens, H query heads, G key and value heads, D head size.
 """
@@ -23,8 +23,8 @@ from lora_alpaca.engine.packing import PackedBatch
 
 NAME = "packed"
 PLAIN = "sdpa"  # what a call without a pack gets
-RESTARTS = torch.empty(1, 1, 0, 0)  # the mask of a call whose positions start again; it masks nothing
-NOT_PACKED = ("softcap", "s_aux", "position_bias")  # what attention may be asked for and this one does not do
+RESTARTS = torch.empty(1, 1, 0, 0)  # the mask of a call whose positions restart; it masks nothing
+NOT_PACKED = ("softcap", "s_aux", "position_bias")  # options of attention that packed attention does not have
 
 
 def packed_attention(
@@ -38,7 +38,7 @@ def packed_attention(
     pack: PackedBatch | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Return the attention output [1, N, H, D], and None in the place of the attention weights."""
+    """Return the attention output [1, N, H, D], and None for the attention weights."""
     if pack is None:
         if attention_mask is not None and attention_mask.numel() == 0:
             raise RuntimeError("positions start again, but the call brings no pack: its rows would see each other")
@@ -129,7 +129,7 @@ def block_mask(pack: PackedBatch, device: torch.device) -> Any:
 def packed_mask(
     *args: Any, attention_mask: torch.Tensor | None = None, allow_is_causal_skip: bool = True, **options: Any
 ) -> torch.Tensor | None:
-    """Return the mask of a padded call as ever; for a call whose positions start again, `RESTARTS`."""
+    """Return the usual mask of a padded call; for a call whose positions restart, `RESTARTS`."""
     if attention_mask is None and not allow_is_causal_skip:
         return RESTARTS
     return sdpa_mask(*args, attention_mask=attention_mask, allow_is_causal_skip=allow_is_causal_skip, **options)

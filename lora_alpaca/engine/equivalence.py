@@ -1,22 +1,24 @@
-"""Is a row in a pack what it is alone? Asked of the user's own model and rows, before the first step."""
+"""Compares rows in a pack with the same rows alone, on the user's own model and rows, before the first step."""
 
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
+import numpy as np
 import torch
 
-from lora_alpaca.data.examples import Example
-from lora_alpaca.engine.batches import Engine
+from lora_alpaca.data.examples import Example, Examples
+from lora_alpaca.engine.engines import Engine
 
-TOLERANCES = {torch.float32: 1e-4}  # relative; what is not listed has the rounding of 16 bits in both
+TOLERANCES = {torch.float32: 1e-4}  # relative; dtypes that are not listed have 16 bits
 ROUNDED = 0.1
 Precision = Callable[[], AbstractContextManager[None]]  # a context in which a forward pass has the run's precision
 
 
-def sample(examples: Sequence[Example], lengths: Sequence[int], most: int = 4) -> list[Example]:
-    """Return the longest row, which a short attention window would show, and the shortest of the first few others."""
-    longest = max(range(len(lengths)), key=lengths.__getitem__)
+def sample(examples: Sequence[Example], most: int = 4) -> list[Example]:
+    """Return the longest row, where a short attention window would fail, and the shortest of the first few others."""
+    lengths = examples.lengths if isinstance(examples, Examples) else np.array([len(row.ids) for row in examples])
+    longest = int(lengths.argmax())
     others = [row for row in range(min(4 * most, len(lengths))) if row != longest]
     return [examples[row] for row in [longest, *sorted(others, key=lengths.__getitem__)][:most]]
 
@@ -38,6 +40,6 @@ def loss_and_gradient(
 
 
 def difference(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
-    """Return the largest relative error among some tensors; not a number if there is one in them."""
+    """Return the largest relative error among some tensors, NaN if one of them holds a NaN."""
     errors = [((one - other).norm() / other.norm()).item() for one, other in zip(found, expected, strict=True)]
     return next((error for error in errors if math.isnan(error)), max(errors))

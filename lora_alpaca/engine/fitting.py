@@ -1,11 +1,11 @@
-"""A model made ready to train: our parts are put into it, and rows are packed where that is proven to change nothing.
+"""Makes a model ready to train: our layers replace its own, and rows are packed where that changes no gradient.
 
-    with fitted(model, settings, train, lengths, world.autocast) as (engine, notes):
+    with fitted(model, plan, spec, pad_id, train, world.autocast) as (engine, notes):
         for batch in engine.batches(rows):
             engine.loss(batch).backward()
 
-Rows are packed where the check finds that a row in a pack has the loss and gradients that it has alone; otherwise they
-are padded. PEFT's adapter, its names and its files stay what they are.
+Rows are packed where a comparison finds that a row in a pack has the loss and gradients that it has alone; otherwise
+they are padded. PEFT's adapter, its names and its files do not change.
 """
 
 import time
@@ -19,76 +19,87 @@ import torch
 from lora_alpaca.data.examples import Example
 from lora_alpaca.engine import patches, pointwise
 from lora_alpaca.engine.allocator import keep_large_buffers
-from lora_alpaca.engine.batches import Engine, Packed, Padded
-from lora_alpaca.engine.equivalence import ROUNDED, TOLERANCES, Precision, difference, loss_and_gradient, sample
+from lora_alpaca.engine.engines import Engine, Packed, Padded
+from lora_alpaca.engine.equivalence import (
+    ROUNDED,
+    TOLERANCES,
+    Precision,
+    difference,
+    loss_and_gradient,
+    sample,
+)
 from lora_alpaca.errors import ModelError
+from lora_alpaca.models.device import DeviceSpec
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What was chosen: `auto` packs where the check allows it; `compiled` compiles the pointwise parts."""
+@dataclass(kw_only=True)
+class EngineChoices:
+    """What a plan chooses for the engine: `auto` packs where the comparison allows it."""
 
-    engine: Literal["auto", "packed", "padded"]
-    device: torch.device
-    dtype: torch.dtype
-    token_budget: int
-    share_prefix: bool
-    micro_batch_size: int
-    pad_id: int
-    compiled: bool = False
-    checked: bool = False  # by the run that is resumed
+    engine: Literal["auto", "packed", "padded"] = "auto"
+    token_budget: int = 2048  # the most tokens of a pack
+    micro_batch_size: int  # rows of a padded batch
+    share_prefix: bool = True  # whether rows of a pack share their beginnings
+    compiled: bool = False  # whether the pointwise functions are compiled
 
 
 @contextmanager
 def fitted(
-    model: Any, settings: Settings, examples: Sequence[Example], lengths: Sequence[int], precision: Precision
+    model: Any,
+    choices: EngineChoices,
+    spec: DeviceSpec,
+    pad_id: int,
+    examples: Sequence[Example],
+    precision: Precision,
+    is_proven: bool = False,
 ) -> Iterator[tuple[Engine, list[str]]]:
-    """Yield the engine of a model, and what to say about it; the model is as it was found when the context ends.
+    """Yield the engine of a model, and notes about it; when the context ends, the model is as it was before.
 
-    Raises ModelError where packs were asked for and the model cannot take them.
+    Packs that are proven, by the run that is resumed, are not compared again. Raises ModelError where packs were asked
+    for and the model cannot take them.
     """
-    begun, said = time.perf_counter(), []
-    if settings.device.type == "cpu":
+    begun, notes = time.perf_counter(), []
+    if spec.device.type == "cpu":
         keep_large_buffers()
     base = model.get_base_model()
     functions = pointwise.Pointwise()
-    if settings.compiled:
-        functions, reason = pointwise.compiled(settings.device, settings.dtype)
+    if choices.compiled:
+        functions, reason = pointwise.compiled(spec.device, spec.dtype)
         if reason:
-            said.append(f"torch.compile fails here ({reason}); going on without it, only slower")
+            notes.append(f"torch.compile fails here ({reason}); going on without it, only slower")
     was_training = model.training
-    model.eval()  # what is compared is without dropout
-    with ExitStack() as put_in:
-        with precision():  # for what is probed
-            put_in.enter_context(patches.patched(base, settings.dtype, functions))
-            score = functions.score if patches.has_plain_head(base) else None
-        engine: Engine = Padded(model, settings.device, score, settings.micro_batch_size, settings.pad_id)
-        if settings.engine != "padded":
-            packed = Packed(model, settings.device, score, settings.token_budget, settings.share_prefix)
-            alone = Padded(model, settings.device, None, 1, settings.pad_id)
-            rows = [] if settings.checked else sample(examples, lengths)
-            if not (reason := _pack(put_in, packed, alone, rows, precision, settings.dtype)):
+    model.eval()  # layers and packs are compared without dropout
+    with ExitStack() as patched:
+        with precision():  # layers are compared in the precision of the run
+            patched.enter_context(patches.patched(base, spec.dtype, functions))
+            piece_loss = functions.piece_loss if patches.has_plain_head(base) else None
+        engine: Engine = Padded(model, spec.device, piece_loss, choices.micro_batch_size, pad_id)
+        if choices.engine != "padded":
+            packed = Packed(model, spec.device, piece_loss, choices.token_budget, choices.share_prefix)
+            alone = Padded(model, spec.device, None, 1, pad_id)
+            rows = [] if is_proven else sample(examples)
+            if not (reason := _try_packs(patched, packed, alone, rows, precision, spec.dtype)):
                 engine = packed
-            elif settings.engine == "packed":
+            elif choices.engine == "packed":
                 raise ModelError(f"--engine packed: this model cannot take packs: {reason}; leave the flag out")
             else:
-                said.append(f"this model cannot take packs: {reason}")
-        said.append(f"engine: {engine}, ready in {time.perf_counter() - begun:.1f} s")
+                notes.append(f"this model cannot take packs: {reason}")
+        notes.append(f"engine: {engine}, ready in {time.perf_counter() - begun:.1f} s")
         model.train(was_training)
-        yield engine, said
+        yield engine, notes
 
 
-def _pack(
-    put_in: ExitStack,
+def _try_packs(
+    patched: ExitStack,
     packed: Engine,
     alone: Engine,
     rows: Sequence[Example],
     precision: Precision,
     dtype: torch.dtype,
 ) -> str:
-    """Put packed attention in until `put_in` is unwound, if rows in a pack are what they are alone, or return why not.
+    """Let the model attend in packs until `patched` is unwound, if that leaves the gradients of rows as they are.
 
-    Without rows nothing is compared.
+    Return an empty text, or the reason against packs. Without rows nothing is compared.
     """
     try:
         expected = loss_and_gradient(alone, rows, precision)
@@ -96,8 +107,8 @@ def _pack(
             attempt.enter_context(patches.packed_attention(packed.model.get_base_model()))
             error = difference(loss_and_gradient(packed, rows, precision), expected) if rows else 0.0
             if error <= TOLERANCES.get(dtype, ROUNDED):
-                put_in.push(attempt.pop_all())
+                patched.push(attempt.pop_all())
                 return ""
             return f"the gradient of a row in a pack is {error:.1%} off that of the row alone"
-    except Exception as error:  # whatever a model does with what it was not made for
+    except Exception as error:  # models fail in many ways with arguments that they do not know
         return (str(error).splitlines() or [type(error).__name__])[0]

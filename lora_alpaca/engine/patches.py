@@ -1,6 +1,6 @@
-"""Our parts, put into a model in the place of its own, each probed to compute what it replaces, and taken out again.
+"""Our layers replace those of a model for a while, each after a test that it computes the same.
 
-What is saved, evaluated or generated afterwards is the library's model as it was found.
+Saving and generating afterwards use the library's own model, unchanged.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,8 +19,8 @@ Forward = Callable[[torch.Tensor], torch.Tensor]
 
 @contextmanager
 def patched(model: torch.nn.Module, dtype: torch.dtype, pointwise: Pointwise) -> Iterator[None]:
-    """Within this context, layers of a model compute with our parts, where these compute the same."""
-    same: dict[Any, bool] = {}  # one probe serves all modules of a kind
+    """Within this context, our layers replace those of a model, where they compute the same."""
+    same: dict[Any, bool] = {}  # one test serves all modules of a kind
     with ExitStack() as undo:
         for module in list(model.modules()):
             if hasattr(module, "cast_input_dtype_enabled") and dtype != torch.float32:
@@ -90,7 +90,7 @@ def _computes_the_same(module: Any, ours: Forward, dtype: torch.dtype, tolerance
     """Return whether two forwards, and their gradients, agree on random input."""
     weight = next(module.parameters())
     width = getattr(module, "in_features", None) or getattr(module, "hidden_size", None) or weight.shape[-1]
-    draw = torch.Generator().manual_seed(0)  # a probe leaves the random state alone
+    draw = torch.Generator().manual_seed(0)  # the global random state must not change
     x = torch.randn(1, 4, width, generator=draw).to(weight.device, dtype).requires_grad_()
     try:
         y = module(x)

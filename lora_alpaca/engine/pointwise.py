@@ -1,4 +1,4 @@
-"""What happens element by element, compiled into few passes over memory: norm, gate and the score of a loss piece.
+"""Pointwise functions, compiled into few passes over memory: norm, gate and the loss of a piece.
 
 Norm and gate have their gradients written out, so that forward and backward are two plain functions. Each is compiled
 once, whether gradients are asked for or not, where the compiler's own differentiation would make one for every case.
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lora_alpaca.engine.loss import Score, score, score_in_place
+from lora_alpaca.engine.loss import PieceLoss, piece_loss, piece_loss_in_place
 
 Tensors = Callable[..., torch.Tensor]
 Gradients = Callable[..., tuple[torch.Tensor | None, ...]]
@@ -53,9 +53,9 @@ def silu_gate_gradient(by_y: torch.Tensor, gate: torch.Tensor, up: torch.Tensor)
 
 @dataclass(frozen=True)
 class Pointwise:
-    """The functions to put in; `rms_norm` and `silu_gate` are None where the model's own serve as well."""
+    """The functions of our layers; `rms_norm` and `silu_gate` are None where the model's own are as good."""
 
-    score: Score = score_in_place
+    piece_loss: PieceLoss = piece_loss_in_place
     rms_norm: Tensors | None = None
     silu_gate: Tensors | None = None
 
@@ -63,14 +63,13 @@ class Pointwise:
 def compiled(device: torch.device, dtype: torch.dtype) -> tuple[Pointwise, str]:
     """Return functions that are compiled at their first use, for all lengths at once, and an empty text.
 
-    Where nothing can be compiled, usually for want of a C++ compiler, return the eager ones, and why. One function
-    tells it for all; what the others compute is probed where they are put in.
+    Where nothing can be compiled, usually because there is no C++ compiler, return the eager ones and the reason. One
+    function is compiled and compared here; the layers are compared when they replace those of a model.
     """
     logits, labels = torch.randn(3, WIDE, device=device).to(dtype), torch.arange(3, device=device)
-    weights = torch.ones(3, device=device)
     try:
         functions = made_by(_compile_once)
-        found, expected = (make(logits, labels, weights) for make in (functions.score, score))
+        found, expected = (loss(logits, labels) for loss in (functions.piece_loss, piece_loss))
     except Exception as error:  # the compiler's errors have no common base
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         return Pointwise(), reason
@@ -83,7 +82,7 @@ def compiled(device: torch.device, dtype: torch.dtype) -> tuple[Pointwise, str]:
 def made_by(make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Pointwise:
     """Return all the functions, each first given to `make`."""
     return Pointwise(
-        score=make(score),
+        piece_loss=make(piece_loss),
         rms_norm=_differentiable(make(rms_norm), make(rms_norm_gradient)),
         silu_gate=_differentiable(make(silu_gate), make(silu_gate_gradient)),
     )

@@ -18,7 +18,7 @@ FP32_TOLERANCE = 1e-4  # of the largest logit
 
 def probe_ids(tokenizer: Any, template: AnyTemplate) -> list[torch.Tensor]:
     """Return a few prompts as the adapter was trained to read them, int64 [1, T] each."""
-    encoder = Encoder(tokenizer, template, add_eos_token=False)
+    encoder = Encoder.for_prompts(tokenizer, template)
     return [torch.tensor([encoder.prompt(Conversation.of(*probe))]) for probe in PROBES]
 
 

@@ -79,7 +79,7 @@ class Generator:
         self.max_length = max_length
         self.system = system
         self.stop_ids = prompt_contract.stop_ids(model.generation_config.eos_token_id, tokenizer, template)
-        self._encoder = Encoder(tokenizer, self.template, add_eos_token=False)
+        self._encoder = Encoder.for_prompts(tokenizer, self.template)
         self._one_at_a_time = threading.Lock()  # the random state and the key-value cache belong to one answer
 
     @classmethod
@@ -146,7 +146,6 @@ class Generator:
         for said, answer in history:
             messages += [Message("user", said), Message("assistant", answer)]
         conversation = Conversation((*messages, Message("user", instruction, input)))
-        self.template.check(conversation)
         ids = self._encoder.prompt(conversation)
         if not ids:
             raise ConfigError("the prompt is empty, and the model needs a token to begin with")

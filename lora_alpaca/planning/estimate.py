@@ -1,10 +1,10 @@
 """Every formula in bytes and work: what a run needs, from its config, counted tokens and a model without weights."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from lora_alpaca.config import FinetuneConfig
@@ -69,9 +69,9 @@ def most_tokens(size: ModelSize, free: int) -> int:
     return free // (ACTIVATION_BYTES * size.layers * size.width)
 
 
-def tokens_per_step(lengths: Sequence[int], batch_size: int) -> int:
+def tokens_per_step(lengths: np.ndarray, batch_size: int) -> int:
     """Return the tokens of an average optimizer step, over all ranks."""
-    return math.ceil(int(sum(lengths)) / len(lengths) * batch_size)
+    return math.ceil(int(lengths.sum()) / len(lengths) * batch_size)
 
 
 def work(size: ModelSize, tokens_a_step: int, total_steps: int, world_size: int) -> float:

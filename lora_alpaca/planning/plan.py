@@ -2,16 +2,17 @@
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 import torch
 
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.config.shared import DEMO, UPSTREAM_DATA
 from lora_alpaca.data.sampler import steps_per_epoch
 from lora_alpaca.distributed.world import World
+from lora_alpaca.engine import EngineChoices
 from lora_alpaca.models.base import demo_base
 from lora_alpaca.planning import estimate
 from lora_alpaca.planning.estimate import Estimate, ModelSize
@@ -21,19 +22,15 @@ MOST_TOKENS = 16384  # the largest on a GPU
 COMPILE_FROM = {"cpu": 3e13, "cuda": 3e15}  # parameters x tokens of a run from which compiling pays for itself
 
 
-@dataclass
-class Plan:
+@dataclass(kw_only=True)
+class Plan(EngineChoices):
     """The choices. The plan is printed, and saved in the checkpoints."""
 
     total_steps: int
     warmup_steps: int
     eval_steps: int
     save_steps: int
-    micro_batch_size: int
     gradient_checkpointing: bool = False
-    engine: Literal["auto", "packed", "padded"] = "auto"
-    token_budget: int = 2048
-    compiled: bool = False
 
     def __str__(self) -> str:
         return (
@@ -73,7 +70,7 @@ def fill_defaults(config: FinetuneConfig, world_size: int) -> tuple[FinetuneConf
     return FinetuneConfig(**{name: getattr(config, name) for name in config.model_fields_set} | chosen), notes
 
 
-def resolve(config: FinetuneConfig, lengths: Sequence[int], size: ModelSize, world: World) -> Plan:
+def resolve(config: FinetuneConfig, lengths: np.ndarray, size: ModelSize, world: World) -> Plan:
     """Return the plan for rows of these lengths, one for all ranks: it fits the rank with the least free memory."""
     plan = resolve_steps(config, len(lengths), world.world_size)
     return resolve_engine(plan, config, lengths, size, world)
@@ -89,10 +86,11 @@ def resolve_steps(config: FinetuneConfig, rows: int, world_size: int) -> Plan:
         eval_steps=config.eval_steps or max(1, min(200, total // 4)),
         save_steps=config.save_steps or 200,
         micro_batch_size=config.micro_batch(world_size),
+        share_prefix=config.share_prefix,
     )
 
 
-def resolve_engine(plan: Plan, config: FinetuneConfig, lengths: Sequence[int], size: ModelSize, world: World) -> Plan:
+def resolve_engine(plan: Plan, config: FinetuneConfig, lengths: np.ndarray, size: ModelSize, world: World) -> Plan:
     """Return the plan with its engine chosen for the least free memory of all ranks."""
     free = world.least(estimate.free_bytes(world.device, size))
     return world.broadcast(lambda: choose_engine(plan, config, lengths, size, world.device, free, world.world_size))
@@ -101,7 +99,7 @@ def resolve_engine(plan: Plan, config: FinetuneConfig, lengths: Sequence[int], s
 def choose_engine(
     plan: Plan,
     config: FinetuneConfig,
-    lengths: Sequence[int],
+    lengths: np.ndarray,
     size: ModelSize,
     device: torch.device,
     free: int,
@@ -126,11 +124,9 @@ def choose_engine(
     return replace(plan, gradient_checkpointing=recomputes)
 
 
-def estimate_run(
-    plan: Plan, config: FinetuneConfig, lengths: Sequence[int], size: ModelSize, world_size: int
-) -> Estimate:
+def estimate_run(plan: Plan, config: FinetuneConfig, lengths: np.ndarray, size: ModelSize, world_size: int) -> Estimate:
     """Return what a run by this plan needs on one rank."""
-    longest, padded = int(max(lengths)), plan.engine == "padded"
+    longest, padded = int(lengths.max()), plan.engine == "padded"
     tokens = plan.micro_batch_size * longest if padded else max(plan.token_budget, longest)
     tokens_a_step = estimate.tokens_per_step(lengths, config.batch_size)
     return Estimate(

@@ -50,7 +50,6 @@ class ChatTemplate:
 
     name = "chat"
     begins_itself = True  # it writes the beginning-of-text token, or leaves it out
-    tail = ""
 
     def __init__(self, source: str = "", tokenizer: Any = None):
         self.source = source

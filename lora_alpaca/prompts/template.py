@@ -121,17 +121,6 @@ class Template:
         """Return the control token that ends an answer, `EOS` for the tokenizer's own end token."""
         return next(piece for kind, piece in _pieces(self.end, self.control) if kind == "control")
 
-    @property
-    def is_upstreams(self) -> bool:
-        """Return whether alpaca-lora could make these prompts, so that its adapters fit."""
-        return self.to_json().keys() <= {"name", "description", *REQUIRED} and self.response_split != ""
-
-    @property
-    def tail(self) -> str:
-        """Return the text of a prompt that stands right before the answer and is the same in every row."""
-        kind, piece = _pieces(self.prompt_no_input, self.control)[-1]
-        return piece if kind == "text" else ""
-
     def response(self, text: str) -> str:
         """Return the answer in generated text, which holds new tokens only; nothing is searched for or split."""
         return text.strip()

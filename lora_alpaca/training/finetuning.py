@@ -44,10 +44,9 @@ def train(config: FinetuneConfig, rows: Rows | None = None) -> RunResult:
 
         # 4. Model: the first heavy step; its engine and optimizer
         trainable = setup.load(job, plan)
-        settings = setup.engine_settings(job, plan, start.is_proven)
-        engine, notes = resources.enter_context(
-            fitted(trainable.model, settings, job.train, job.train.lengths, world.autocast)
-        )
+        pad_id, proven = job.tokenizer.pad_token_id, start.is_proven
+        fitting = fitted(trainable.model, plan, job.spec, pad_id, job.train, world.autocast, proven)
+        engine, notes = resources.enter_context(fitting)
         log(*notes)
         plan.engine = engine.name
         stepper = Stepper(engine, trainable, Replicated(world), world, job.config, log)

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lora_alpaca.artifacts import checkpoint as checkpoints
 from lora_alpaca.artifacts.checkpoint import Checkpoint
 from lora_alpaca.artifacts.run_record import RunResult
-from lora_alpaca.data.sampler import rows_of_step
-from lora_alpaca.engine import Packed, Padded
+from lora_alpaca.data.sampler import Sampler
 from lora_alpaca.errors import RankError, TrainingError
 from lora_alpaca.models.trainable import State
 from lora_alpaca.planning.plan import Plan
@@ -49,7 +48,8 @@ class Loop:
         self.plan, self.stepper, self.output_dir, self.record = plan, stepper, output_dir, record
         self.state, self.progress, self.tracker = state, progress, tracker
         self.world, self.stop = stepper.world, stepper.world.stop
-        self.lengths = self.train.lengths
+        config = self.config
+        self.sampler = Sampler(self.train.lengths, config.batch_size, config.seed, config.group_by_length)
         self.begun = time.perf_counter() - state.seconds
         self.window_begun, self.window_tokens = time.perf_counter(), 0
         self.saved = state.step  # the step of the newest checkpoint
@@ -89,7 +89,7 @@ class Loop:
 
     def _step(self) -> None:
         config, state = self.config, self.state
-        rows = rows_of_step(state.step, self.lengths, config.batch_size, config.seed, config.group_by_length)
+        rows = self.sampler.rows(state.step)
         rate = self.plan.learning_rate(state.step, config)
         self.world.seed(config.seed, state.step)
         step = self.stepper.step([self.train[row] for row in rows], rate)
@@ -149,10 +149,10 @@ class Loop:
     def _record_batch_size(self) -> None:
         """Copy the size of packs or micro-batches that memory allowed into the plan, which checkpoints hold."""
         engine = self.stepper.engine
-        if isinstance(engine, Packed):
-            self.plan.token_budget = engine.token_budget
-        elif isinstance(engine, Padded):
-            self.plan.micro_batch_size = engine.micro_batch_size
+        if engine.name == "packed":
+            self.plan.token_budget = engine.batch_size
+        else:
+            self.plan.micro_batch_size = engine.batch_size
 
     # ------------------------------------------------------------------------------------------------- validation
 

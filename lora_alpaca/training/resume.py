@@ -118,6 +118,7 @@ class Resumed(Start):
         then = planning.resolve_steps(config_then, self._record["ledger"]["train"], self._record["ranks"])
         now = planning.resolve_steps(job.config, len(job.train), world.world_size)
         plan = planning.updated(Plan(**self.checkpoint.facts["plan"]), then, now)
+        plan.share_prefix = job.config.share_prefix
         if self._changed & FinetuneConfig.deciding("engine"):
             plan = planning.resolve_engine(plan, job.config, job.train.lengths, job.size, world)
         return plan

@@ -15,7 +15,6 @@ from lora_alpaca.data.preparation import Prepared
 from lora_alpaca.data.statistics import Statistics
 from lora_alpaca.data.tokenization import hash_tokenizer
 from lora_alpaca.distributed.world import World
-from lora_alpaca.engine import Settings
 from lora_alpaca.errors import DataError
 from lora_alpaca.models import lora
 from lora_alpaca.models.base import Base, load_base, locate_base
@@ -107,33 +106,16 @@ def _examples(
     progress: Progress,
 ) -> Prepared:
     """Return the examples: from the cache, or made by the main process of each machine while the others wait."""
-    encoder = Encoder(
-        tokenizer, template, config.cutoff_len, config.train_on_inputs, config.add_eos_token, config.train_on
-    )
+    encoder = Encoder.from_options(tokenizer, template, config)
     folder = cache.cache_folder(config.cache_dir) if len(rows) >= cache.CACHED_FROM else None
-    key = cache.cache_key(rows, encoder, config, validation_rows, hash_tokenizer(tokenizer))
+    key = cache.cache_key(rows, encoder, validation_rows, hash_tokenizer(tokenizer))
     with world.main_process_first() if folder else nullcontext():
         if found := cache.cached(folder, key):
             progress.log(f"prepared rows found in {folder}")
             return found
         with progress.counting(len(rows), "rows") as count:
-            prepared = preparation.prepare(rows, encoder, config, validation_rows, count)
+            prepared = preparation.prepare(rows, encoder, validation_rows, count)
         return cache.keep(folder, key, prepared)
-
-
-def engine_settings(job: Job, plan: Plan, is_proven: bool) -> Settings:
-    """Return what the engine of a run needs to know; packs that are proven already are not checked again."""
-    return Settings(
-        plan.engine,
-        job.spec.device,
-        job.spec.dtype,
-        plan.token_budget,
-        job.config.share_prefix,
-        plan.micro_batch_size,
-        job.tokenizer.pad_token_id,
-        plan.compiled,
-        checked=is_proven,
-    )
 
 
 def load(job: Job, plan: Plan) -> LoraAdapter:

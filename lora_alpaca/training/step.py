@@ -69,14 +69,14 @@ class Stepper:
         Nothing is updated where loss or gradient are not finite. Until the update, a signal may end the step
         (StepAbandoned). Raises TrainingError where the memory is too small.
         """
-        labels = sum(example.scored() for example in examples)
+        labels = sum(example.num_labels() for example in examples)
         scaler = self.world.scaler
         with self.world.stop.interruptible():
             loss = self._within_memory(lambda: self._gradient(examples, labels))
             if scaler is not None:
                 scaler.unscale_(self.optimizer)
             norm = self._strategy.clip(self.parameters, self._max_norm)
-        step = Step(loss, norm, labels, sum(len(example.input_ids) for example in examples))
+        step = Step(loss, norm, labels, sum(len(example.ids) for example in examples))
         step.overflow = scaler is not None and math.isfinite(loss) and not math.isfinite(norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -150,7 +150,7 @@ class Stepper:
         Raises TrainingError if it is not finite: such an adapter is never the best, and is always reported.
         """
         self.model.eval()
-        by_length = sorted(examples, key=lambda example: len(example.input_ids))  # like lengths: little padding
+        by_length = sorted(examples, key=lambda example: len(example.ids))  # like lengths: little padding
         with self.world.stop.interruptible():
             mean = self._within_memory(lambda: self._mean_loss(by_length))
         if not math.isfinite(mean):

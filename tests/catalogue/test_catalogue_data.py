@@ -234,11 +234,10 @@ def prepared(tokenizer, tmp_path):
 
     def make(rows, held_out=(), **options):
         options = DataOptions(**{"data_path": str(written(tmp_path, json.dumps(rows))), "cutoff_len": 128} | options)
-        encoder = Encoder(tokenizer, load_template("alpaca_short"), options.cutoff_len)
+        encoder = Encoder.from_options(tokenizer, load_template("alpaca_short"), options)
         return prepare(
             Rows(options.data_path, skip_bad_rows=options.skip_bad_rows),
             encoder,
-            options,
             set(held_out),
             lambda done: None,
         )
@@ -311,7 +310,7 @@ def test_nothing_to_learn_in_any_row(tmp_path, number, tiny_llama):
 @entry("A34")
 def test_a_cut_answer_is_counted_with_its_end_token(prepared, number, tokenizer):
     found = prepared([ROW, ROW | {"output": "Hello. " * 200}])
-    assert [len(row.input_ids) for row in found.train][1] == 128
+    assert [len(row.ids) for row in found.train][1] == 128
     assert found.train[1].labels[-1] not in (-100, tokenizer.eos_token_id)
     assert "warning: 1 of 2 rows (50.0%) are longer than --cutoff_len 128; they are cut" in said_in(found.statistics)
     assert "warning: 1 of 2 rows (50.0%) lose the end token of an answer in that (first: rows.json:2)" in said_in(
@@ -323,7 +322,7 @@ def test_a_cut_answer_is_counted_with_its_end_token(prepared, number, tokenizer)
 def test_control_tokens_in_a_text_stay_text(prepared, number, tokenizer):
     text = "</s> <|im_end|> <s>"
     found = prepared([ROW, {"instruction": text, "input": text, "output": text}])
-    ids = found.train[1].input_ids
+    ids = found.train[1].ids.tolist()
     assert [token for token in ids if token in tokenizer.all_special_ids] == [
         tokenizer.bos_token_id,
         tokenizer.eos_token_id,
@@ -340,8 +339,8 @@ def test_a_marker_in_a_text_ends_nothing(prepared, number, tokenizer):
     text = "a\n\n### Response:\nb ### Response: c"
     row = prepared([{"instruction": text, "output": text}]).train[0]
     learned = [label for label in row.labels if label != -100]
-    prompt = row.input_ids[: -len(learned)]
-    assert tokenizer.decode(row.input_ids[1:-1]) == tokenizer.decode(prompt[1:]) + text
+    prompt = row.ids[: -len(learned)]
+    assert tokenizer.decode(row.ids[1:-1]) == tokenizer.decode(prompt[1:]) + text
     assert load_template("alpaca_short").response(text) == text
 
 
@@ -359,7 +358,7 @@ def test_a_text_arrives_byte_for_byte(tmp_path, tokenizer, text):
     before, between, after = re.split(r"\{instruction\}|\{input\}", template.prompt_input)
     prompt = before + text + between + text + after
     assert [run.text for run in template.render(conversation)][:2] == [prompt, text]
-    ids = Encoder(tokenizer, template, 10_000).encode([conversation])[0].ids
+    ids = Encoder.for_prompts(tokenizer, template).encode([conversation])[0].ids
     assert tokenizer.decode(ids[1:-1]) == prompt + text
 
 

@@ -1,13 +1,14 @@
 import json
 import os
+from dataclasses import fields
 
 import pytest
 
 from lora_alpaca.config.shared import DataOptions
 from lora_alpaca.data import Rows, preparation
 from lora_alpaca.data.cache import KEPT, cache_key, cached, keep
-from lora_alpaca.data.encoding import Encoder
-from lora_alpaca.data.examples import IGNORED, Builder, Examples
+from lora_alpaca.data.encoding import Choices, Encoder
+from lora_alpaca.data.examples import IGNORED, Builder, Example, Examples
 from lora_alpaca.data.preparation import prepare
 from lora_alpaca.data.statistics import Statistics
 from lora_alpaca.data.tokenization import hash_tokenizer
@@ -33,9 +34,9 @@ def prepared(tokenizer, tmp_path):
         path = tmp_path / "rows.json"
         path.write_text(json.dumps(rows))
         options = DataOptions(**{"cutoff_len": 100} | options)
-        encoder = Encoder(tokenizer, load_template(template).bound(tokenizer), options.cutoff_len)
+        encoder = Encoder.from_options(tokenizer, load_template(template).bound(tokenizer), options)
         rows = Rows(str(path), skip_bad_rows=options.skip_bad_rows)
-        return prepare(rows, encoder, options, set(held_out), lambda done: None)
+        return prepare(rows, encoder, set(held_out), lambda done: None)
 
     return make
 
@@ -49,16 +50,15 @@ def numbered(count):
 
 def test_examples_are_what_was_added():
     builder = Builder()
-    builder.add([5, 6, 7, 8], [(1, 2), (3, 4)])
-    builder.add([9], [])
+    rows = [Example([5, 6, 7, 8], [(1, 2), (3, 4)]), Example([9], [])]
+    for row in rows:
+        builder.add(row)
     examples = builder.build()
-    assert [(row.input_ids, row.labels) for row in examples] == [
-        ([5, 6, 7, 8], [IGNORED, 6, IGNORED, 8]),
-        ([9], [IGNORED]),
-    ]
-    assert examples.lengths == (4, 1)
-    assert examples[-1].input_ids == [9]
-    assert [row.input_ids for row in examples[0:2]] == [[5, 6, 7, 8], [9]]
+    assert list(examples) == rows
+    assert examples[0].labels == [IGNORED, 6, IGNORED, 8]
+    assert examples.lengths.tolist() == [4, 1]
+    assert examples[-1] == rows[-1]
+    assert examples[0:2] == rows
     with pytest.raises(IndexError):
         examples[2]
 
@@ -66,7 +66,7 @@ def test_examples_are_what_was_added():
 def test_examples_are_mapped_as_they_were_saved(tmp_path):
     builder = Builder()
     for number in range(50):
-        builder.add(list(range(number + 1)), [(number // 2, number + 1)])
+        builder.add(Example(range(number + 1), [(number // 2, number + 1)]))
     examples = builder.build()
     examples.save(tmp_path, "train")
     assert list(Examples.mapped(tmp_path, "train")) == list(examples)
@@ -76,7 +76,7 @@ def test_examples_are_mapped_as_they_were_saved(tmp_path):
 
 def test_a_file_that_was_cut_short_is_not_whole(tmp_path):
     builder = Builder()
-    builder.add([1, 2, 3], [(0, 3)])
+    builder.add(Example([1, 2, 3], [(0, 3)]))
     builder.build().save(tmp_path, "train")
     assert Examples.mapped(tmp_path, "train").is_whole()
     (tmp_path / "train.ids").write_bytes((tmp_path / "train.ids").read_bytes()[:-4])
@@ -86,10 +86,10 @@ def test_a_file_that_was_cut_short_is_not_whole(tmp_path):
 def test_documents_are_put_end_to_end_and_cut_to_blocks():
     builder = Builder(block=4)
     for ids in ([1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11]):
-        builder.add(ids, [])
-    blocks = [row.input_ids for row in builder.build()]
+        builder.add(Example(ids, []))
+    blocks = [row.ids.tolist() for row in builder.build()]
     assert blocks == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11]]
-    assert all(row.labels == row.input_ids for row in builder.build())
+    assert all(row.labels == row.ids.tolist() for row in builder.build())
 
 
 # ------------------------------------------------------------------------------------------- what becomes of the rows
@@ -97,12 +97,13 @@ def test_documents_are_put_end_to_end_and_cut_to_blocks():
 
 def test_a_long_answer_is_cut_and_counted(prepared, tokenizer):
     found = prepared([LONG, ROW])
-    assert len(found.train[0].input_ids) == 100
+    assert len(found.train[0].ids) == 100
     assert found.train[0].labels[-1] not in (IGNORED, tokenizer.eos_token_id)
     assert found.train[1].labels[-1] == tokenizer.eos_token_id
-    ledger = found.statistics
-    assert (ledger.truncated.count, ledger.truncated.first, ledger.ends_lost.count) == (1, ["rows.json:1"], 1)
-    assert any("1 of 2 rows (50.0%) are longer than --cutoff_len 100" in line for line in ledger.lines())
+    statistics = found.statistics
+    assert (statistics.truncated.count, statistics.truncated.first) == (1, ["rows.json:1"])
+    assert statistics.ends_lost.count == 1
+    assert any("1 of 2 rows (50.0%) are longer than --cutoff_len 100" in line for line in statistics.lines())
 
 
 def test_long_rows_may_be_dropped(prepared):
@@ -132,7 +133,7 @@ def test_a_cut_behind_an_answer_keeps_its_end(prepared, tokenizer):
     row = {"conversations": [{"from": role, "value": text} for role, text in turns]}
     found = prepared([row], template="vicuna", cutoff_len=200)
     assert found.train[0].labels[-1] == tokenizer.eos_token_id
-    assert len(found.train[0].input_ids) < 200
+    assert len(found.train[0].ids) < 200
     assert (found.statistics.truncated.count, found.statistics.ends_lost.count) == (1, 1)
 
 
@@ -154,14 +155,14 @@ def test_many_chunks_are_one(prepared, monkeypatch):
 
 def test_documents_become_blocks(prepared, tokenizer):
     found = prepared([{"text": "The owl hoots. " * 30}, {"text": "Short."}], template="plain")
-    assert [len(row.input_ids) for row in found.train][:-1] == [100] * (len(found.train) - 1)
-    ids = [token for row in found.train for token in row.input_ids]
+    assert [len(row.ids) for row in found.train][:-1] == [100] * (len(found.train) - 1)
+    ids = [token for row in found.train for token in row.ids.tolist()]
     assert ids.count(tokenizer.eos_token_id) == 2
     assert ids.count(tokenizer.bos_token_id) == 2
-    assert all(row.labels == row.input_ids for row in found.train)
+    assert all(row.labels == row.ids.tolist() for row in found.train)
 
 
-def test_the_ledger_counts(prepared, tokenizer):
+def test_the_statistics_count(prepared, tokenizer):
     rows = [
         *numbered(6),
         numbered(1)[0],
@@ -171,24 +172,26 @@ def test_the_ledger_counts(prepared, tokenizer):
         {},
     ]
     found = prepared(rows, held_out=[0, 3], skip_bad_rows=True)
-    ledger = found.statistics
-    assert (ledger.read, ledger.train, ledger.validation) == (11, 8, 2)
-    assert ledger.formats == {"Alpaca": 10}
-    assert ledger.shared.count == 1  # the other held out row is nowhere else
-    assert (ledger.bad.first, ledger.duplicates.first, ledger.shared.first) == (
+    statistics = found.statistics
+    assert (statistics.read, statistics.train, statistics.validation) == (11, 8, 2)
+    assert statistics.formats == {"Alpaca": 10}
+    assert statistics.shared.count == 1  # the other held out row is nowhere else
+    assert (statistics.bad.first, statistics.duplicates.first, statistics.shared.first) == (
         ["rows.json:11"], ["rows.json:7"], ["rows.json:1"],
     )  # fmt: skip
-    assert ledger.empty_answers.first == ["rows.json:8"]
-    assert ledger.blank_instructions.first == ["rows.json:9"]
-    assert (ledger.control_text.first, ledger.control_text.example) == (["rows.json:10"], "</s>")
-    assert ledger.tokens == sum(len(row.input_ids) for row in found.train)
-    assert ledger.learned == sum(label != IGNORED for row in found.train for label in row.labels)
-    assert ledger.percentiles["longest"] == max(map(len, (row.input_ids for row in found.train)))
-    assert Statistics.from_json(json.loads(json.dumps(ledger.to_json()))) == ledger
-    said = "\n".join(ledger.lines())
+    assert statistics.empty_answers.first == ["rows.json:8"]
+    assert statistics.blank_instructions.first == ["rows.json:9"]
+    assert (statistics.control_text.first, statistics.control_text.example) == (["rows.json:10"], "</s>")
+    assert statistics.tokens == sum(len(row.ids) for row in found.train)
+    assert statistics.learned == sum(label != IGNORED for row in found.train for label in row.labels)
+    assert statistics.percentiles["longest"] == max(map(len, (row.ids for row in found.train)))
+    assert Statistics.from_json(json.loads(json.dumps(statistics.to_json()))) == statistics
+    older = statistics.to_json() | {"other_ids": {"count": 2, "first": ["rows.json:1"], "example": "'a|b'"}}
+    assert Statistics.from_json(older) == statistics  # saved by a version that counted more
+    said = "\n".join(statistics.lines())
     for words in ("cannot be used", "exact doubles", "both the training and", "empty answer", "blank instruction"):
         assert words in said
-    assert all("\n" not in line for line in ledger.lines())
+    assert all("\n" not in line for line in statistics.lines())
 
 
 @pytest.mark.parametrize(
@@ -200,13 +203,13 @@ def test_the_ledger_counts(prepared, tokenizer):
     ],
 )
 def test_a_gate_turns_a_share_into_an_error(prepared, given, limits, flag):
-    ledger = prepared(given, skip_bad_rows=True).statistics
+    statistics = prepared(given, skip_bad_rows=True).statistics
     with pytest.raises(DataError) as error:
-        ledger.check(*limits)
+        statistics.check(*limits)
     assert flag in str(error.value)
     assert "\n" not in str(error.value)
-    ledger.check(*(None if limit is None else 0.5 for limit in limits))
-    ledger.check(None, None, None)
+    statistics.check(*(None if limit is None else 0.5 for limit in limits))
+    statistics.check(None, None, None)
 
 
 # ------------------------------------------------------------------------------------------------------------- cache
@@ -214,18 +217,17 @@ def test_a_gate_turns_a_share_into_an_error(prepared, given, limits, flag):
 
 @pytest.fixture
 def job(tokenizer, tmp_path):
-    """Return rows, encoder, options and key of a data set, ready for the cache."""
+    """Return rows, encoder and key of a data set, ready for the cache."""
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(numbered(10)))
-    options = DataOptions()
-    encoder = Encoder(tokenizer, load_template("alpaca"))
+    encoder = Encoder(tokenizer, load_template("alpaca"), Choices())
     rows = Rows(str(path))
-    return rows, encoder, options, cache_key(rows, encoder, options, {3}, hash_tokenizer(tokenizer))
+    return rows, encoder, cache_key(rows, encoder, {3}, hash_tokenizer(tokenizer))
 
 
 def test_the_cache_gives_back_what_it_was_given(job, tmp_path):
-    rows, encoder, options, key = job
-    fresh = prepare(rows, encoder, options, {3}, lambda done: None)
+    rows, encoder, key = job
+    fresh = prepare(rows, encoder, {3}, lambda done: None)
     assert cached(tmp_path / "cache", key) is None
     kept = keep(tmp_path / "cache", key, fresh)
     again = cached(tmp_path / "cache", key)
@@ -238,8 +240,8 @@ def test_the_cache_gives_back_what_it_was_given(job, tmp_path):
 
 @pytest.mark.parametrize("damage", ["ids", "starts", "ledger.json"])
 def test_a_damaged_cache_is_none_and_is_made_anew(job, tmp_path, damage):
-    rows, encoder, options, key = job
-    fresh = prepare(rows, encoder, options, {3}, lambda done: None)
+    rows, encoder, key = job
+    fresh = prepare(rows, encoder, {3}, lambda done: None)
     keep(tmp_path / "cache", key, fresh)
     file = next((tmp_path / "cache" / key).glob(f"*{damage}"))
     file.write_bytes(file.read_bytes()[:-8])
@@ -248,27 +250,27 @@ def test_a_damaged_cache_is_none_and_is_made_anew(job, tmp_path, damage):
 
 
 def test_the_key_is_of_everything_that_matters(job, tokenizer, tmp_path):
-    rows, encoder, options, key = job
+    rows, encoder, key = job
     sha = hash_tokenizer(tokenizer)
-    others = [
-        cache_key(rows, Encoder(tokenizer, load_template("alpaca_legacy")), options, {3}, sha),
-        cache_key(rows, Encoder(tokenizer, load_template("alpaca"), 100), options, {3}, sha),
-        cache_key(rows, Encoder(tokenizer, load_template("alpaca"), train_on_inputs=True), options, {3}, sha),
-        cache_key(rows, Encoder(tokenizer, load_template("alpaca"), add_eos_token=False), options, {3}, sha),
-        cache_key(rows, Encoder(tokenizer, load_template("alpaca"), train_on="last"), options, {3}, sha),
-        cache_key(rows, encoder, DataOptions(overlong="drop"), {3}, sha),
-        cache_key(rows, encoder, options, {4}, sha),
-        cache_key(rows, encoder, options, {3}, "another tokenizer"),
+    alpaca, legacy = load_template("alpaca"), load_template("alpaca_legacy")
+    changes = {"cutoff_len": 9, "overlong": "drop", "train_on_inputs": True, "train_on": "last", "add_eos_token": False}
+    assert changes.keys() == {name.name for name in fields(Choices)}
+    changed = [Choices(**{name: value}) for name, value in changes.items()]
+    others = [cache_key(rows, Encoder(tokenizer, alpaca, choices), {3}, sha) for choices in changed]
+    others += [
+        cache_key(rows, Encoder(tokenizer, legacy, Choices()), {3}, sha),
+        cache_key(rows, encoder, {4}, sha),
+        cache_key(rows, encoder, {3}, "another tokenizer"),
     ]
     (tmp_path / "rows.json").write_text(json.dumps([*numbered(9), ROW]))
-    others.append(cache_key(Rows(str(tmp_path / "rows.json")), encoder, options, {3}, sha))
+    others.append(cache_key(Rows(str(tmp_path / "rows.json")), encoder, {3}, sha))
     assert len({key, *others}) == 1 + len(others)
-    assert cache_key(rows, Encoder(tokenizer, load_template("alpaca")), DataOptions(), {3}, sha) == key
+    assert cache_key(rows, Encoder(tokenizer, load_template("alpaca"), Choices()), {3}, sha) == key
 
 
 def test_only_the_newest_are_kept_and_nothing_of_others_is_removed(job, tmp_path):
-    rows, encoder, options, _ = job
-    fresh = prepare(rows, encoder, options, set(), lambda done: None)
+    rows, encoder, _ = job
+    fresh = prepare(rows, encoder, set(), lambda done: None)
     cache = tmp_path / "cache"
     (cache / ("f" * 64)).mkdir(parents=True)  # a name like ours, and nothing of ours in it
     for number in range(KEPT + 3):
@@ -279,8 +281,8 @@ def test_only_the_newest_are_kept_and_nothing_of_others_is_removed(job, tmp_path
 
 
 def test_a_cache_that_cannot_be_written_is_none(job, tmp_path):
-    rows, encoder, options, key = job
-    fresh = prepare(rows, encoder, options, set(), lambda done: None)
+    rows, encoder, key = job
+    fresh = prepare(rows, encoder, set(), lambda done: None)
     (tmp_path / "file").write_text("")
     assert keep(tmp_path / "file" / "cache", key, fresh) is fresh
     assert keep(None, key, fresh) is fresh

@@ -10,7 +10,8 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_alpaca.data.encoding import Encoder
+from lora_alpaca.data.encoding import Choices, Encoder
+from lora_alpaca.data.examples import Example
 from lora_alpaca.prompts import Conversation, Message, load_template, template_names
 
 STRESS = os.environ.get("STRESS") == "1"
@@ -60,7 +61,7 @@ def pairs(tiny_model) -> Any:
             tokenizer.add_tokens(CHATML, special_tokens=True)
         tokenizer.chat_template = CHAT_TEMPLATE
         bound = load_template(template).bound(tokenizer)
-        encoder, last = Encoder(tokenizer, bound), Encoder(tokenizer, bound, train_on="last")
+        encoder, last = (Encoder(tokenizer, bound, Choices(train_on=which)) for which in ("all", "last"))
         special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         return SimpleNamespace(encoder=encoder, last=last, tokenizer=tokenizer, special=special)
 
@@ -100,12 +101,13 @@ def test_what_is_learned_is_the_answers_and_their_ends_from_where_generation_sta
     def holds(conversation: Conversation) -> None:
         (row,) = encoder.encode([conversation])
         assert len(row.spans) == len(conversation.answers)
-        answers = [place for place, message in enumerate(conversation.messages) if message.role == "assistant"]
-        for place, (first, last) in zip(answers, row.spans, strict=True):
-            prompt = encoder.prompt(Conversation(conversation.messages[:place]))
-            assert row.ids[:first] == prompt
-            assert row.ids[last - 1] == end
-            learned, answer = text_of(tokenizer, row.ids[first : last - 1]), conversation.messages[place].text
+        ids = row.ids.tolist()
+        answers = [number for number, message in enumerate(conversation.messages) if message.role == "assistant"]
+        for number, (first, last) in zip(answers, row.spans, strict=True):
+            prompt = encoder.prompt(Conversation(conversation.messages[:number]))
+            assert ids[:first] == prompt
+            assert ids[last - 1] == end
+            learned, answer = text_of(tokenizer, ids[first : last - 1]), conversation.messages[number].text
             if template == "vicuna":
                 answer = " " + answer
             if name == "Qwen2":  # it composes characters (NFC)
@@ -117,7 +119,7 @@ def test_what_is_learned_is_the_answers_and_their_ends_from_where_generation_sta
             assert learned == answer
         assert row.ends == [last - 1 for _, last in row.spans]
         (same,) = pair.last.encode([conversation])
-        assert (same.ids, same.spans, same.ends) == (row.ids, row.spans[-1:], row.ends[-1:])
-        assert [token for token in row.ids if token in pair.special] == control_ids(template, tokenizer, conversation)
+        assert same == Example(row.ids, row.spans[-1:], row.ends[-1:])
+        assert [token for token in ids if token in pair.special] == control_ids(template, tokenizer, conversation)
 
     holds()

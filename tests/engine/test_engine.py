@@ -9,8 +9,8 @@ from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
 from engines import CPU, error, fit, make, reference, rows, settings
 
 from lora_alpaca.config import FinetuneConfig
-from lora_alpaca.engine import attention, equivalence, fitted, patches
-from lora_alpaca.engine.loss import ScoredCrossEntropy, score, score_in_place
+from lora_alpaca.engine import attention, equivalence, patches
+from lora_alpaca.engine.loss import ChunkedCrossEntropy, piece_loss, piece_loss_in_place
 from lora_alpaca.engine.packing import pack
 from lora_alpaca.errors import ModelError
 from lora_alpaca.models import lora
@@ -98,7 +98,7 @@ def test_half_precision_differs_by_its_rounding(dtype, engine):
         return torch.autocast("cpu", dtype)
 
     chosen = settings(engine=engine, dtype=dtype)
-    with fitted(model, chosen, examples, [1] * len(examples), autocast) as (fitted_engine, _):
+    with fit(model, chosen, examples, autocast) as (fitted_engine, _):
         found = equivalence.loss_and_gradient(fitted_engine, examples, autocast)
     assert fitted_engine.name == engine
     assert 1e-5 < equivalence.difference(found, expected) < 0.03
@@ -115,7 +115,7 @@ def said(model, examples, **changes):
 def test_a_window_shorter_than_a_row():
     """The other rows fit into the window: only the longest, which is why it is in the check, does not."""
     examples = rows()
-    longest = max(len(example.input_ids) for example in examples)
+    longest = max(len(example.ids) for example in examples)
     name, line = said(make("Mistral", sliding_window=longest - 2), examples)
     assert name == "padded"
     assert f"window of {longest - 2} tokens is shorter than a row of {longest - 1}" in line
@@ -150,7 +150,7 @@ def test_a_resumed_run_does_not_check_again(monkeypatch):
 def test_a_packed_call_without_its_pack_is_an_error():
     model, packed = make("Llama").get_base_model(), pack(rows())
     with patches.packed_attention(model), pytest.raises(RuntimeError, match="brings no pack"):
-        model(input_ids=packed.input_ids, position_ids=packed.positions, use_cache=False)
+        model(**packed.inputs() | {"pack": None}, use_cache=False)
 
 
 def test_a_padded_call_within_packed_attention_is_what_it_always_is():
@@ -179,19 +179,56 @@ def test_the_model_is_left_as_it_was_found(architecture):
 # ---------------------------------------------------------------------------------------------------------------- parts
 
 
-@pytest.mark.parametrize("make_score", [score, score_in_place])
+@pytest.mark.parametrize("of_piece", [piece_loss, piece_loss_in_place])
 @pytest.mark.parametrize("piece_bytes", [1, 4 * 50 * 3, 2**20])
-def test_the_loss_and_its_gradient_are_those_of_torch(make_score, piece_bytes, monkeypatch):
+def test_the_losses_and_their_gradient_are_those_of_torch(of_piece, piece_bytes, monkeypatch):
     monkeypatch.setattr("lora_alpaca.engine.loss.PIECE_BYTES", piece_bytes)
     hidden, head = torch.randn(10, 8, requires_grad=True), torch.randn(50, 8)
     labels, weights = torch.randint(50, (10,)), torch.randint(1, 4, (10,)).float()
-    expected = (F.cross_entropy(hidden @ head.t(), labels, reduction="none") * weights).sum()
-    (gradient,) = torch.autograd.grad(expected * 3, hidden)
-    found = ScoredCrossEntropy.apply(hidden, head, labels, weights, make_score)
+    expected = F.cross_entropy(hidden @ head.t(), labels, reduction="none")
+    (gradient,) = torch.autograd.grad(expected, hidden, weights)
+    found = ChunkedCrossEntropy.apply(hidden, head, labels, of_piece)
     assert torch.allclose(found, expected)
-    assert torch.allclose(torch.autograd.grad(found * 3, hidden)[0], gradient, atol=1e-5)
+    assert torch.allclose(torch.autograd.grad(found, hidden, weights)[0], gradient, atol=1e-5)
     with torch.no_grad():
-        assert torch.allclose(ScoredCrossEntropy.apply(hidden, head, labels, weights, make_score), expected)
+        assert torch.allclose(ChunkedCrossEntropy.apply(hidden, head, labels, of_piece), expected)
+
+
+def rows_that_share_predictions():
+    """Return rows in no order: one of them twice, and some whose prompts are learned and shared."""
+    examples = rows(8, train_on_inputs=True)
+    return [*examples[:5], examples[2], *examples[5:], *rows(3, seed=1), examples[2]]
+
+
+@pytest.mark.parametrize("family", ["Llama", "Granite"])  # with a plain head, and with one that is not
+@pytest.mark.parametrize("changes", [{"token_budget": 10_000}, {}, {"share_prefix": False}, {"engine": "padded"}])
+def test_losses_by_row_are_those_of_rows_alone(family, changes):
+    """And so are the gradients of whatever is computed from them, as preference losses are."""
+    model, examples = make(family), rows_that_share_predictions()
+    alone = [reference(model, [example]) for example in examples]
+    factors = torch.arange(1.0, len(examples) + 1)
+    expected = sum(factor * gradient for factor, (_, gradient) in zip(factors, alone, strict=True))
+    parameters, found, gradient = lora.trainable_parameters(model), torch.zeros(len(examples)), 0
+    with fit(model, settings(**changes), examples) as (engine, _):
+        for batch in engine.batches(examples):
+            losses = engine.losses(batch)
+            by_row = batch.sum_by_row(losses)
+            found[batch.rows] = by_row.detach()
+            assert torch.allclose(engine.loss(batch), by_row.sum())
+            grads = torch.autograd.grad((by_row * factors[batch.rows]).sum(), parameters)
+            gradient = gradient + torch.cat([grad.flatten() for grad in grads])
+    assert torch.allclose(found, torch.stack([loss for loss, _ in alone]), rtol=1e-5)
+    assert (gradient - expected).norm() / expected.norm() < EXACT
+
+
+def test_the_size_of_a_batch_is_halved_for_want_of_memory():
+    model, examples = make("Llama"), rows()
+    for changes, sizes in (({"token_budget": 200}, [200, 100, 50]), ({"engine": "padded"}, [3, 1])):
+        with fit(model, settings(**changes), examples) as (engine, _):
+            found = [engine]
+            while smaller := found[-1].smaller():
+                found.append(smaller)
+        assert [engine.batch_size for engine in found] == sizes
 
 
 def test_a_head_that_does_more_keeps_its_work():

@@ -1,7 +1,8 @@
 """A row in a pack sees what it sees alone: itself."""
 
 import random
-from collections import Counter
+from collections import Counter, defaultdict
+from itertools import groupby, takewhile
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +15,7 @@ PREAMBLE = list(range(100, 130))
 
 
 def example(ids, prompt):
-    return Example(ids, [IGNORED] * prompt + ids[prompt:])
+    return Example(ids, [(prompt, len(ids))])
 
 
 def alpaca_like(count, seed=0):
@@ -27,6 +28,12 @@ def alpaca_like(count, seed=0):
     return rows
 
 
+def spans_of(learned):
+    """Return the spans of a mask."""
+    edges = [n for n, (one, other) in enumerate(zip([False, *learned], [*learned, False], strict=True)) if one != other]
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
 @st.composite
 def examples(draw):
     """Draw rows of few different tokens, so that many begin alike; any label may be missing, but not all."""
@@ -35,15 +42,14 @@ def examples(draw):
     for _ in range(draw(st.integers(1, 6))):
         ids = draw(st.sampled_from(beginnings)) + draw(st.lists(st.integers(1, 3), min_size=1, max_size=8))
         learned = draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids)))
-        labels = [token if learn else IGNORED for token, learn in zip(ids, learned, strict=True)]
-        rows.append(Example(ids, [*labels[:-1], ids[-1]]))
+        rows.append(Example(ids, spans_of([*learned[:-1], True])))
     return rows
 
 
 def predictions(rows):
     """Return how often each label is predicted from each beginning of a row."""
     return Counter(
-        (tuple(row.input_ids[:place]), label)
+        (tuple(row.ids[:place].tolist()), label)
         for row in rows
         for place, label in enumerate(row.labels)
         if place and label != IGNORED
@@ -56,7 +62,7 @@ def test_a_prediction_sees_its_own_row_and_nothing_else(rows, share):
     packed = pack(rows, share)
     ids, positions, ends = packed.input_ids[0].tolist(), packed.positions[0].tolist(), packed.subtree_ends().tolist()
     found = Counter()
-    for place, label, weight in zip(packed.places, packed.labels, packed.weights, strict=True):
+    for place, label, weight in zip(packed.indices, packed.labels, packed.weights, strict=True):
         seen = [key for key in range(int(place) + 1) if place < ends[key]]
         assert [positions[key] for key in seen] == list(range(len(seen)))
         found[tuple(ids[key] for key in seen), int(label)] += int(weight)
@@ -74,6 +80,111 @@ def test_paths_and_subtrees_say_the_same(rows):
         for other, begin in enumerate(packed.segments):
             sees = other <= number and segment.start < ends[begin.start]
             assert sees == (other in path)
+
+
+def shared_by(rows):
+    """Return how many ids all rows have in common at their beginning."""
+    return sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, zip(*rows, strict=False)))
+
+
+def plain_pack(rows, share):
+    """Return a pack computed token by token: ids, positions, segments, and (index, label) -> rows that predict it."""
+    fed = [row.ids[: max(n for n, label in enumerate(row.labels) if label != IGNORED)].tolist() for row in rows]
+    ids, positions, segments, paths = [], [], [], [[] for _ in rows]
+
+    def put(members, start, stop, above):
+        if start == stop:
+            return above
+        begin = len(ids)
+        ids.extend(fed[members[0]][start:stop])
+        positions.extend(range(start, stop))
+        segments.append((begin, len(ids), above))
+        for member in members:
+            paths[member].extend(range(begin, len(ids)))
+        return (*above, len(segments) - 1)
+
+    def grow(members, start, above):
+        stop = shared_by([fed[member] for member in members])
+        if (stop - start) * (len(members) - 1) >= LEAST_SAVED:
+            above = put(members, start, stop, above)
+            start = stop
+        for following, branch in groupby(members, key=lambda member: fed[member][stop : stop + 1]):
+            alike = list(branch)
+            if following and len(alike) > 1:
+                grow(alike, start, above)
+            else:
+                for member in alike:
+                    put([member], start, len(fed[member]), above)
+
+    if share:
+        grow(sorted(range(len(fed)), key=fed.__getitem__), 0, ())
+    else:
+        for row in range(len(fed)):
+            put([row], 0, len(fed[row]), ())
+    predicting = defaultdict(list)
+    for number, (row, path) in enumerate(zip(rows, paths, strict=True)):
+        for index, label in zip(path, row.labels[1:], strict=False):
+            if label != IGNORED:
+                predicting[index, label].append(number)
+    return ids, positions, segments, dict(sorted(predicting.items()))
+
+
+def plain_packs(rows, budget, share):
+    """Return the numbers of the rows in each pack, found by trying every capacity."""
+    fed = {
+        number: row.ids[: max(n for n, label in enumerate(row.labels) if label != IGNORED)].tolist()
+        for number, row in enumerate(rows)
+        if any(label != IGNORED for label in row.labels[1:])
+    }
+    order = sorted(fed, key=fed.__getitem__) if share else list(fed)
+
+    def filled(capacity):
+        parts, size = [], capacity
+        for before, number in zip([None, *order], order, strict=False):
+            more = len(fed[number])
+            if share and before is not None:
+                more -= max(0, shared_by([fed[before], fed[number]]) - LEAST_SAVED + 1)
+            if size + more > capacity:
+                parts.append([])
+                size, more = 0, len(fed[number])
+            parts[-1].append(number)
+            size += more
+        return parts
+
+    fewest = len(filled(budget))
+    return next(filled(capacity) for capacity in range(budget + 1) if len(filled(capacity)) <= fewest)
+
+
+@given(examples(), st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_a_pack_is_the_one_computed_token_by_token(rows, share):
+    packed = pack(rows, share)
+    ids, positions, segments, predicting = plain_pack(rows, share)
+    assert packed.input_ids.tolist() == [ids]
+    assert packed.positions.tolist() == [positions]
+    assert [(segment.start, segment.stop, segment.above) for segment in packed.segments] == segments
+    assert list(zip(packed.indices.tolist(), packed.labels.tolist(), strict=True)) == list(predicting)
+    assert packed.weights.tolist() == [len(members) for members in predicting.values()]
+    found = defaultdict(list)
+    for row, prediction in zip(packed.row_index.tolist(), packed.prediction_index.tolist(), strict=True):
+        found[prediction].append(row)
+    assert [found[number] for number in range(len(predicting))] == list(predicting.values())
+
+
+@given(examples(), st.integers(1, 120), st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_packs_are_those_of_the_lowest_capacity(rows, budget, share):
+    rows = [*rows, Example([4, 5], []), Example([4], [(0, 1)])]
+    assert packs(rows, budget, share) == plain_packs(rows, budget, share)
+
+
+def test_a_chain_of_rows_that_continue_each_other():
+    """Deeper than Python may recurse."""
+    ids = list(range(1, 6000))
+    rows = [Example(ids[: 5 * length + 1], [(5 * length, 5 * length + 1)]) for length in range(1, 1200)]
+    packed = pack(rows)
+    assert packed.input_ids.numel() == 5 * 1199
+    assert len(packed.segments[-1].above) == 1198
 
 
 def test_what_rows_share_is_held_once():
@@ -135,6 +246,6 @@ def test_packs_come_from_the_rows_alone():
 
 
 def test_a_row_without_a_prediction_is_in_no_pack():
-    rows = [example([1, 2, 3], 1), Example([1, 2], [IGNORED, IGNORED]), Example([5], [5])]
+    rows = [example([1, 2, 3], 1), Example([1, 2], []), Example([5], [(0, 1)])]
     assert packs(rows, 100) == [[0]]
     assert packs(rows[1:], 100) == []

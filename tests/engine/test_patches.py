@@ -10,13 +10,11 @@ import pytest
 import torch
 from engines import CPU, error, fit, make, rows, settings
 
-from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.engine import patches, pointwise
 from lora_alpaca.engine.int8_linear import Int8Linear
-from lora_alpaca.engine.loss import score_in_place
+from lora_alpaca.engine.loss import piece_loss_in_place
 from lora_alpaca.models.base import load_base, locate_base
 from lora_alpaca.models.device import DeviceSpec
-from lora_alpaca.planning.plan import Plan, resolve_engine
 
 
 def in_a_process_of_its_own(program, tmp_path, **variables):
@@ -38,7 +36,7 @@ FIT = """
     import torch
     from engines import CPU, error, fit, make, rows, settings
     with fit(make("Llama"), settings(compiled=True), rows()) as (engine, said):
-        print(engine.score.__name__, *said)
+        print(engine.piece_loss.__name__, *said)
         for batch in engine.batches(rows()):
             engine.loss(batch).backward()
             with torch.no_grad():
@@ -51,8 +49,8 @@ FIT = """
 @pytest.mark.slow
 def test_compiled_parts_have_the_same_gradients(tmp_path):
     said = in_a_process_of_its_own(FIT, tmp_path)
-    assert "score engine: packs of 200 tokens, ready in" in said
-    assert int(said.splitlines()[-2]) == 6  # one for each function, and one for the score of a tiny vocabulary
+    assert "piece_loss engine: packs of 200 tokens, ready in" in said
+    assert int(said.splitlines()[-2]) == 6  # one for each function, and one for the loss with a tiny vocabulary
     name, off = eval(said.splitlines()[-1])
     assert name == "packed"
     assert off < 1e-5
@@ -61,7 +59,7 @@ def test_compiled_parts_have_the_same_gradients(tmp_path):
 def test_without_a_compiler_the_parts_are_eager_and_that_is_said(tmp_path):
     (tmp_path / "bin").mkdir()
     said = in_a_process_of_its_own(FIT, tmp_path, PATH=str(tmp_path / "bin"), CXX="/no/such/compiler")
-    assert said.startswith("score_in_place torch.compile fails here (")
+    assert said.startswith("piece_loss_in_place torch.compile fails here (")
     assert "going on without it" in said.splitlines()[0]
     name, off = eval(said.splitlines()[-1])
     assert name == "packed"
@@ -74,7 +72,7 @@ def test_a_compiler_that_computes_something_else_is_not_used(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", compile_wrongly)
     with fit(make("Llama"), settings(compiled=True), rows()) as (engine, said):
-        assert engine.score is score_in_place
+        assert engine.piece_loss is piece_loss_in_place
     assert "computes something else" in said[0]
 
 
@@ -152,30 +150,3 @@ def test_large_buffers_are_kept(tmp_path):
     if done == "False":
         pytest.skip("not glibc")
     assert int(kept) < int(plain) / 20
-
-
-# ----------------------------------------------------------------------------------------------------------------- plan
-
-
-def planned(lengths, world_size=1, **options):
-    config = FinetuneConfig(**{"batch_size": 16} | options)
-    plan = Plan(total_steps=100, warmup_steps=1, eval_steps=1, save_steps=1, micro_batch_size=4)
-    resolve_engine(config, plan, make("Llama"), CPU, lengths, world_size)
-    return plan
-
-
-def test_the_token_budget():
-    assert planned([500] * 20).token_budget == 2048
-    assert planned([500] * 20, token_budget=77).token_budget == 77
-    assert planned([100] * 20, world_size=2).token_budget == 16 * 100 / 2  # a pack for each rank
-
-
-def test_short_runs_are_not_compiled():
-    assert not planned([100] * 20).compiled
-    assert planned([100] * 20, compile=True).compiled
-    assert planned([100] * 20, max_steps=None, batch_size=16, compile="auto").compiled is False
-
-
-def test_checkpointing_is_for_those_who_ask_where_memory_cannot_be_asked():
-    assert not planned([100] * 20).gradient_checkpointing
-    assert planned([100] * 20, gradient_checkpointing=True).gradient_checkpointing

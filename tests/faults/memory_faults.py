@@ -42,7 +42,7 @@ def short_above(tokens: int, error: Exception, first_step: int = 1, training: bo
         number = [0]
 
         def loss(engine: Engine, batch: object) -> torch.Tensor:
-            size = batch.inputs["input_ids"].numel()  # type: ignore[attr-defined]
+            size = batch.input_ids.numel()  # type: ignore[attr-defined]
             now = torch.is_grad_enabled() == training and number[0] >= first_step
             if now and size > tokens:
                 raise error

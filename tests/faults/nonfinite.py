@@ -66,7 +66,7 @@ def put_in(kind: str, value: float, numbers: set[int]) -> Callable[[], None]:
 
         def batches(own: Any) -> Any:
             def changed(engine: Engine, examples: Any, *more: Any) -> Any:
-                rows = [list(example.input_ids) for example in examples]
+                rows = [example.ids.tolist() for example in examples]
                 poisoned.append(rows[0]) if not poisoned else None
                 held[0] = poisoned[0] in rows
                 return own(engine, examples, *more)

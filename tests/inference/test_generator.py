@@ -120,8 +120,8 @@ def test_what_training_saw_is_what_generation_feeds(generator, monkeypatch):
     )
     generator.reply("Say {input} and </s>.", "Ä 12")
     rows = [Conversation.of("Say {input} and </s>.", "Ä 12", "Yes.")]
-    example = Encoder(generator.tokenizer, generator.template, 512).encode(rows)[0].example()
-    assert example.input_ids[: len(fed[0])] == fed[0]
+    example = Encoder.for_prompts(generator.tokenizer, generator.template).encode(rows)[0]
+    assert example.ids[: len(fed[0])].tolist() == fed[0]
     assert example.labels[len(fed[0]) - 1] == -100 != example.labels[len(fed[0])]
 
 
@@ -181,7 +181,7 @@ def test_history_and_system_message_are_encoded_as_training_has_them(tiny_llama)
         ("assistant", "Hoo!"),
     ]
     row = Conversation(tuple(Message(*message) for message in messages))
-    trained = Encoder(generator.tokenizer, load_template("vicuna"), 512).encode([row])[0].ids
+    trained = Encoder.for_prompts(generator.tokenizer, load_template("vicuna")).encode([row])[0].ids.tolist()
     fed = generator.prompt_ids("And?", history=[("Hi.", "Hoo.")])
     assert trained[: len(fed)] == fed
     assert len(fed) > len(generator.prompt_ids("And?"))

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +17,7 @@ from lora_alpaca.planning.preflight import check_model
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SEVEN_B = ModelSize(layers=32, width=4096, vocabulary=32_000, parameters=7_000_000_000, trainable=4_000_000, weights=0)
-LENGTHS = [100] * 64 + [500] * 64
+LENGTHS = np.array([100] * 64 + [500] * 64)
 
 
 def plan(size=SEVEN_B, device=CUDA, free=40 * 10**9, lengths=LENGTHS, world_size=1, **options):
@@ -35,8 +36,8 @@ def test_packs_on_a_gpu_are_as_large_as_half_of_its_memory():
 
 
 def test_a_pack_is_no_larger_than_a_rank_s_share_of_a_step():
-    assert plan(lengths=[5] * 128).token_budget == 640
-    assert plan(lengths=[5] * 128, world_size=2).token_budget == 320
+    assert plan(lengths=np.full(128, 5)).token_budget == 640
+    assert plan(lengths=np.full(128, 5), world_size=2).token_budget == 320
 
 
 def test_activations_are_recomputed_where_memory_is_short():
@@ -96,7 +97,7 @@ def test_a_run_writes_no_more_than_was_estimated(tiny_llama, data_path, tmp_path
     finetune(config)
     size, _ = check_model(config, locate_base(config.base_model), DeviceSpec(CPU, torch.float32, 16))
     tensors = sum(path.stat().st_size for path in (tmp_path / "out").rglob("checkpoint-*/*.safetensors"))
-    needed = estimate_run(resolve_steps(config, 44, 1), config, [50] * 44, size, 1).disk
+    needed = estimate_run(resolve_steps(config, 44, 1), config, np.full(44, 50), size, 1).disk
     assert needed == 3 * 4 * size.trainable * 4 == estimate.disk_bytes(size, config, 5, 1)
     assert 0.5 * needed < tensors < needed
 

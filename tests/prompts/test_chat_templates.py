@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lora_alpaca.data.encoding import Encoder
+from lora_alpaca.data.encoding import Choices, Encoder
 from lora_alpaca.errors import TemplateError
 from lora_alpaca.prompts import ChatTemplate, Conversation, Message, load_template, template_from_json
 
@@ -79,7 +79,7 @@ def tokenizer(family, tokenizers) -> Any:
 
 
 def encoder_of(tokenizer: Any, **choices: Any) -> Encoder:
-    return Encoder(tokenizer, load_template("chat").bound(tokenizer), **choices)
+    return Encoder(tokenizer, load_template("chat").bound(tokenizer), Choices(**choices))
 
 
 def ids_of_transformers(tokenizer: Any, messages: tuple[Message, ...], generates: bool) -> list[int]:
@@ -89,7 +89,7 @@ def ids_of_transformers(tokenizer: Any, messages: tuple[Message, ...], generates
 
 def learned_texts(encoder: Encoder, conversation: Conversation) -> list[str]:
     (row,) = encoder.encode([conversation])
-    pieces = encoder.text.pieces(row.ids)
+    pieces = encoder.text.pieces(row.ids.tolist())
     return ["".join(pieces[first:last]) for first, last in row.spans]
 
 
@@ -102,7 +102,7 @@ def test_training_and_generation_have_the_ids_of_transformers(family, tokenizer,
     for system in ("", "Answer like a zoologist.") if FAMILIES[family].system else ("",):
         conversation = talk(turns, system)
         (row,) = encoder.encode([conversation])
-        assert row.ids == ids_of_transformers(tokenizer, conversation.messages, False)
+        assert row.ids.tolist() == ids_of_transformers(tokenizer, conversation.messages, False)
         assert encoder.prompt(conversation) == ids_of_transformers(tokenizer, conversation.messages[:-1], True)
 
 
@@ -125,7 +125,7 @@ def test_what_generation_is_fed_at_every_turn_is_a_prefix_of_what_training_saw(f
         (row,) = encoder.encode([conversation])
         prompts = [encoder.prompt(Conversation(conversation.messages[:place])) for place in range(1, turns * 2, 2)]
         for (first, _), prompt in zip(row.spans, prompts[-len(row.spans) :], strict=True):
-            assert row.ids[:first] == prompt
+            assert row.ids[:first].tolist() == prompt
         assert prompts[-1] == encoder.prompt(conversation)
 
 
@@ -136,12 +136,12 @@ def test_control_strings_of_a_user_stay_text_and_change_nothing_else(family, tok
     for token in encoder.text.control_tokens:
         conversation = talk(2, users=[f"What is {token} called?"] * 2)
         (row,) = encoder.encode([conversation])
-        assert [i for i in row.ids if i in special] == [i for i in before.ids if i in special]
-        learned = [row.ids[first:last] for first, last in row.spans]
-        assert learned == [before.ids[first:last] for first, last in before.spans]
-        text = "".join(encoder.text.pieces(row.ids))
-        assert text == "".join(encoder.text.pieces(before.ids)).replace("What is x", f"What is {token}")
-        assert encoder.prompt(conversation) == row.ids[: row.spans[-1][0]]
+        assert [i for i in row.ids.tolist() if i in special] == [i for i in before.ids.tolist() if i in special]
+        learned = [row.ids[first:last].tolist() for first, last in row.spans]
+        assert learned == [before.ids[first:last].tolist() for first, last in before.spans]
+        text = "".join(encoder.text.pieces(row.ids.tolist()))
+        assert text == "".join(encoder.text.pieces(before.ids.tolist())).replace("What is x", f"What is {token}")
+        assert encoder.prompt(conversation) == row.ids[: row.spans[-1][0]].tolist()
 
 
 def test_a_recorded_chat_template_needs_no_tokenizer_that_brings_one(family, tokenizer):
@@ -150,7 +150,8 @@ def test_a_recorded_chat_template_needs_no_tokenizer_that_brings_one(family, tok
     assert isinstance(stored, ChatTemplate)
     assert stored.digest() == template.digest() != load_template("chat").digest()
     tokenizer.chat_template = None
-    (row,), (again,) = (Encoder(tokenizer, one).encode([talk(2)]) for one in (template, stored.bound(tokenizer)))
+    encoders = [Encoder.for_prompts(tokenizer, one) for one in (template, stored.bound(tokenizer))]
+    (row,), (again,) = (encoder.encode([talk(2)]) for encoder in encoders)
     assert row == again
 
 
@@ -261,8 +262,8 @@ def test_dropped_thoughts_leave_the_last_answer_to_learn_with_its_own(tokenizers
     conversation = talk(2, answers=[THOUGHT, THOUGHT])
     assert learned_texts(encoder, conversation) == [THOUGHT + "<|im_end|>"]
     (row,) = encoder.encode([conversation])
-    assert row.ids[: row.spans[0][0]] == encoder.prompt(conversation)
-    assert "".join(encoder.text.pieces(row.ids)).count("It has wings.") == 1
+    assert row.ids[: row.spans[0][0]].tolist() == encoder.prompt(conversation)
+    assert "".join(encoder.text.pieces(row.ids.tolist())).count("It has wings.") == 1
 
 
 def test_one_rewritten_answer_leaves_the_last_answer_alone_to_learn(tokenizers):
@@ -302,4 +303,4 @@ def test_white_space_that_a_token_swallows_is_swallowed_from_prompts_and_kept_in
     (row,) = encoder.encode([conversation])
     assert encoder.prompt(conversation) == ids_of_transformers(tokenizer, conversation.messages[:-1], True)
     assert learned_texts(encoder, conversation) == ["\n  An owl. <|end|>"]
-    assert row.ids[: row.spans[0][0]] == encoder.prompt(conversation)
+    assert row.ids[: row.spans[0][0]].tolist() == encoder.prompt(conversation)

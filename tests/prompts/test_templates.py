@@ -72,7 +72,6 @@ def learned(fragments: list[Fragment]) -> list[str]:
 @pytest.mark.parametrize("name", UPSTREAMS)
 def test_upstreams_prompts_are_unchanged_to_the_letter(name):
     template = load_template(name)
-    assert template.is_upstreams
     for conversation, prompt in zip(
         (Conversation.of("Do it."), Conversation.of("Do it.", "Now.")), UPSTREAMS[name], strict=True
     ):
@@ -83,7 +82,6 @@ def test_the_shipped_templates_are_known_by_name():
     assert template_names() == [
         *("alpaca", "alpaca_legacy", "alpaca_short", "chat", "chatml", "plain", "vicuna", "vigogne")
     ]
-    assert [name for name in template_names() if getattr(load_template(name), "is_upstreams", False)] == [*UPSTREAMS]
 
 
 @pytest.mark.parametrize("name", [name for name in template_names() if name != "chat"])
@@ -117,7 +115,6 @@ def test_a_prompt_without_format_is_the_text_itself():
     template = load_template("plain")
     assert text(template.prompt(Conversation.of("Once upon"))) == "Once upon"
     assert text(template.prompt(Conversation.of("Once upon", "a time"))) == "Once upon\na time"
-    assert not template.is_upstreams
 
 
 def test_a_document_is_all_learned_and_only_without_a_prompt():

@@ -15,11 +15,11 @@ from lora_alpaca.data.encoding import Encoder
 from lora_alpaca.data.examples import Example
 from lora_alpaca.distributed.strategy import Replicated
 from lora_alpaca.distributed.world import World
-from lora_alpaca.engine import Padded, Settings, fitted
+from lora_alpaca.engine import EngineChoices, Padded, fitted
 from lora_alpaca.errors import TrainingError
 from lora_alpaca.models import lora
 from lora_alpaca.models.base import load_base, locate_base
-from lora_alpaca.models.device import choose_device
+from lora_alpaca.models.device import DeviceSpec, choose_device
 from lora_alpaca.models.lora import LoraAdapter
 from lora_alpaca.prompts import load_template
 from lora_alpaca.training.step import Stepper
@@ -45,8 +45,9 @@ def padded(model, micro_batch_size):
 
 def packed(model, token_budget):
     """Return the context of the engine of packs."""
-    settings = Settings("packed", torch.device("cpu"), torch.float32, token_budget, True, 4, 0, checked=True)
-    return fitted(model, settings, [], [], nullcontext)
+    choices = EngineChoices(engine="packed", token_budget=token_budget, micro_batch_size=4)
+    spec = DeviceSpec(torch.device("cpu"), torch.float32, 16)
+    return fitted(model, choices, spec, 0, [], nullcontext, is_proven=True)
 
 
 def stepper(engine, world, **options):
@@ -62,7 +63,7 @@ def gradients(folder, rows, micro_batch_size, token_budget=None, **options):
     """
     config = FinetuneConfig(**OPTIONS | options)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    examples = [row.example() for row in Encoder(tokenizer, load_template("alpaca_short"), 128).encode(rows)]
+    examples = Encoder.for_prompts(tokenizer, load_template("alpaca_short")).encode(rows)
     with World(config) as world:
         assert world.all_equal("the same on every rank")
         assert world.all_equal(str(world.rank)) == (world.world_size == 1)
@@ -81,12 +82,12 @@ def reference(folder, rows):
     """Return the same from plain transformers and PEFT: one padded batch, mean loss over its labels."""
     config = FinetuneConfig(**OPTIONS)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    examples = [row.example() for row in Encoder(tokenizer, load_template("alpaca_short"), 128).encode(rows)]
+    examples = Encoder.for_prompts(tokenizer, load_template("alpaca_short")).encode(rows)
     model = with_adapter(folder, choose_device(config)[0])
-    longest = max(len(example.input_ids) for example in examples)
-    filled = [[*e.input_ids, *[0] * (longest - len(e.input_ids))] for e in examples]
+    longest = max(len(example.ids) for example in examples)
+    filled = [[*e.ids.tolist(), *[0] * (longest - len(e.ids))] for e in examples]
     labels = [[*e.labels, *[-100] * (longest - len(e.labels))] for e in examples]
-    mask = [[1] * len(e.input_ids) + [0] * (longest - len(e.input_ids)) for e in examples]
+    mask = [[1] * len(e.ids) + [0] * (longest - len(e.ids)) for e in examples]
     loss = model(input_ids=torch.tensor(filled), attention_mask=torch.tensor(mask), labels=torch.tensor(labels)).loss
     loss.backward()
     return torch.cat([p.grad.flatten() for p in lora.trainable_parameters(model)]), loss.item()
@@ -141,17 +142,17 @@ def test_a_loss_that_is_not_finite_moves_nothing(tiny_llama, rows):
         learner = stepper(padded(model, 2), world)
         before = lora.state(model)
         model.get_output_embeddings().weight.data[0] = float("nan")
-        assert not learner.step([Example([1, 5, 6], [-100, 5, 6])], 1e-3).finite
+        assert not learner.step([Example([1, 5, 6], [(1, 3)])], 1e-3).finite
         after = lora.state(model)
         with pytest.raises(TrainingError, match="the validation loss is nan"):
-            learner.evaluate([Example([1, 5, 6], [-100, 5, 6])])
+            learner.evaluate([Example([1, 5, 6], [(1, 3)])])
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_the_validation_loss_does_not_depend_on_the_micro_batch(tiny_llama, rows):
     config = FinetuneConfig(**OPTIONS)
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    examples = [row.example() for row in Encoder(tokenizer, load_template("alpaca_short"), 128).encode(rows[:9])]
+    examples = Encoder.for_prompts(tokenizer, load_template("alpaca_short")).encode(rows[:9])
     with World(config) as world:
         model = with_adapter(tiny_llama, world.spec)
         losses = [stepper(padded(model, size), world).evaluate(examples) for size in (1, 4, 9)]
@@ -165,9 +166,9 @@ def test_optimizer_state_comes_back(tiny_llama, rows):
     with World(config) as world:
         model = with_adapter(tiny_llama, world.spec)
         learner = stepper(padded(model, 2), world)
-        learner.step([Example([1, 5, 6], [-100, 5, 6])], 1e-3)
+        learner.step([Example([1, 5, 6], [(1, 3)])], 1e-3)
         state, weights = learner.optimizer_state(), learner.weights()
-        learner.step([Example([1, 5, 6], [-100, 5, 6])], 1e-3)
+        learner.step([Example([1, 5, 6], [(1, 3)])], 1e-3)
         again = stepper(padded(model, 2), world)
         again.restore(weights, state, None)
         assert all(torch.equal(tensor, weights[name]) for name, tensor in lora.state(model).items())
