@@ -35,8 +35,9 @@ from lora_alpaca.data.encoding import Encoder
 from lora_alpaca.data.examples import Examples
 from lora_alpaca.data.preparation import prepare
 from lora_alpaca.data.sampler import rows_of_step, steps_per_epoch
+from lora_alpaca.distributed.strategy import Replicated
 from lora_alpaca.distributed.world import World
-from lora_alpaca.engine import Settings, fitted
+from lora_alpaca.engine import EngineChoices, fitted
 from lora_alpaca.models import lora
 from lora_alpaca.models.base import load_base, locate_base
 from lora_alpaca.models.device import choose_device
@@ -208,16 +209,16 @@ class _Taken(transformers.TrainerCallback):
 
 def losses(task: Task, config: FinetuneConfig, states: States) -> Curve:
     """Return the validation loss of adapters by step, each put on one base and measured by our own validation."""
-    with World(config) as ranks:
+    with World(config) as world:
         base = locate_base(config.base_model)
-        model = lora.attach(load_base(base, ranks.spec), config, base)
-        settings = Settings("packed", ranks.device, ranks.spec.dtype, CPU_TOKENS, True, 1, 0)
-        with fitted(model, settings, task.validation, task.validation.lengths, ranks.autocast) as (engine, _):
-            learner = Stepper(engine, ranks, config.weight_decay, config.max_grad_norm)
+        model = lora.attach(load_base(base, world.spec), config, base)
+        choices = EngineChoices(engine="packed", token_budget=CPU_TOKENS, micro_batch_size=1)
+        with fitted(model, choices, world.spec, 0, task.validation, world.autocast) as (engine, _):
+            stepper = Stepper(engine, LoraAdapter(model), Replicated(world), world, config, print)
             found = {}
             for step in sorted(states):
                 lora.set_state(model, states[step], f"step {step}")
-                found[step] = learner.evaluate(task.validation)
+                found[step] = stepper.evaluate(task.validation)
             return found
 
 

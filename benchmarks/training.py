@@ -36,8 +36,9 @@ from results_file import write
 
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.data.examples import IGNORED, Example
+from lora_alpaca.distributed.strategy import Replicated
 from lora_alpaca.distributed.world import World
-from lora_alpaca.engine import Engine, Padded, Settings, fitted
+from lora_alpaca.engine import Engine, Padded, EngineChoices, fitted
 from lora_alpaca.engine.allocator import keep_large_buffers
 from lora_alpaca.engine.equivalence import difference, loss_and_gradient
 from lora_alpaca.engine.packing import pack, packs
@@ -88,16 +89,16 @@ ALONE = ("alpaca-lora recipe, 8-bit", "Trainer, unquantised", "TRL packing, unqu
 class Bench:
     """The variants on one model, shape and set of options; every base is loaded once, when it is first needed."""
 
-    def __init__(self, folder: Path, ranks: World, examples: list[Example], dropout: float, as_shipped: bool = False):
-        self.folder, self.ranks, self.examples = folder, ranks, examples
+    def __init__(self, folder: Path, world: World, examples: list[Example], dropout: float, as_shipped: bool = False):
+        self.folder, self.world, self.examples = folder, world, examples
         self.dropout, self.as_shipped = dropout, as_shipped
-        self.dtype = ranks.spec.dtype
+        self.dtype = world.spec.dtype
         self._models: dict[Any, Any] = {}
 
     def model(self, bits: int, name: str = "ours") -> Any:
         """Return the model with its adapter; bits 8, 4 or 16 for the base."""
         if (bits, name) not in self._models:
-            spec = DeviceSpec(self.ranks.device, self.dtype, bits)
+            spec = DeviceSpec(self.world.device, self.dtype, bits)
             base = locate_base(str(self.folder))
             model = rivals.prepared(load_base(base, spec), name)
             torch.manual_seed(0)
@@ -110,15 +111,13 @@ class Bench:
 
     def fitted(self, model: Any, **changes: Any) -> Any:
         """Return the context of an engine of ours."""
-        options: dict[str, Any] = {
-            "engine": "packed", "device": self.ranks.device, "dtype": self.dtype, "token_budget": BUDGET,
-            "share_prefix": True, "micro_batch_size": 4, "pad_id": 0, "compiled": True, "checked": True,
-        }  # fmt: skip
-        return fitted(model, Settings(**options | changes), self.examples, [], self.precision)
+        options: dict[str, Any] = {"engine": "packed", "token_budget": BUDGET, "micro_batch_size": 4, "compiled": True}
+        choices, spec = EngineChoices(**options | changes), DeviceSpec(self.world.device, self.dtype, 16)
+        return fitted(model, choices, spec, 0, self.examples, self.precision, is_proven=True)
 
     def precision(self) -> Any:
         """Return the context of a forward pass."""
-        return nullcontext() if self.dtype == torch.float32 else self.ranks.autocast()
+        return nullcontext() if self.dtype == torch.float32 else self.world.autocast()
 
     def variants(self) -> dict[str, Callable[[], tuple[float, float | None]]]:
         """Return name -> a function that takes one optimizer step and returns its seconds and its mean loss."""
@@ -140,10 +139,11 @@ class Bench:
 
     def _ours(self, bits: int, changes: dict[str, Any]) -> tuple[float, float | None]:
         with self.fitted(self.model(bits), **changes) as (engine, _):
-            learner = Stepper(engine, self.ranks, weight_decay=0.0, max_norm=1.0)
+            config = FinetuneConfig()
+            stepper = Stepper(engine, LoraAdapter(engine.model), Replicated(self.world), self.world, config, print)
             state = lora.state(engine.model)
             begun = rivals.clock()
-            step = learner.step(self.examples, 3e-4)
+            step = stepper.step(self.examples, 3e-4)
             seconds = rivals.clock() - begun
             lora.set_state(engine.model, state, "before")  # every run starts from the same adapter
         return seconds, step.loss
@@ -157,7 +157,7 @@ class Bench:
         """Return how far loss and gradients are off those of the library's model on each row alone, at dropout 0."""
         model, few = self.model(bits), self.examples[:4]
         model.eval()
-        alone = Padded(model, self.ranks.device, None, 1, 0)
+        alone = Padded(model, self.world.device, None, 1, 0)
         with ExitStack() as stack:
             if bits == 8:  # bitsandbytes rounds activations to 8 bits out of training: compare with its exact forward
                 alone = stack.enter_context(self.fitted(model, engine="padded", compiled=False))[0]
@@ -227,7 +227,7 @@ def table(bench: Bench, rounds: int) -> dict[str, Any]:
             taken, losses[name] = variants[name]()
             seconds.setdefault(name, []).extend([taken] if round_ else [])
             print(f"    round {round_}  {name:34} {taken:7.2f} s", flush=True)
-    tokens = sum(len(example.input_ids) for example in bench.examples)
+    tokens = sum(len(example.ids) for example in bench.examples)
     figures: dict[str, Any] = {}
     for name in names:
         median = statistics.median(seconds[name])
@@ -299,11 +299,11 @@ def main() -> None:
     if asked.quick:
         asked.width, asked.layers, asked.shape, asked.rounds = 512, 8, ["short"], 3
 
-    with World(config) as ranks, tempfile.TemporaryDirectory() as temporary:
-        folder, precision = Path(asked.folder or temporary), PRECISIONS[ranks.spec.dtype]
+    with World(config) as world, tempfile.TemporaryDirectory() as temporary:
+        folder, precision = Path(asked.folder or temporary), PRECISIONS[world.spec.dtype]
         if asked.alone:
             examples = rows(asked.shape[0], asked.upstream)
-            variant = Bench(folder, ranks, examples, dropout, as_shipped=True).variants()[asked.alone]
+            variant = Bench(folder, world, examples, dropout, as_shipped=True).variants()[asked.alone]
             seconds = [variant()[0] for _ in range(2)]
             print(json.dumps({"seconds": round(seconds[1], 3), "peak_megabytes": peak_megabytes()}))
             return
@@ -318,8 +318,8 @@ def main() -> None:
         tables, headlines = {}, {}
         for shape in asked.shape or SHAPES:
             examples = rows(shape, asked.upstream)
-            print(f"{shape} rows: {len(examples)}, {sum(len(example.input_ids) for example in examples)} tokens")
-            bench = Bench(folder, ranks, examples, dropout)
+            print(f"{shape} rows: {len(examples)}, {sum(len(example.ids) for example in examples)} tokens")
+            bench = Bench(folder, world, examples, dropout)
             figures = tables[shape] = table(bench, asked.rounds)
             headlines[shape] = headline(figures, precision)
             del bench
