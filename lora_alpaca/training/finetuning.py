@@ -28,7 +28,7 @@ from lora_alpaca.planning import preflight
 from lora_alpaca.planning.plan import ENGINE_OPTIONS, Plan, fill_defaults, resolve, resolve_engine
 from lora_alpaca.prompts import AnyTemplate, fitting_template, load_template
 from lora_alpaca.signals import Interrupted, Stop
-from lora_alpaca.storage import atomic, output_folder
+from lora_alpaca.storage.output_folder import OutputFolder
 from lora_alpaca.storage.paths import user_path
 from lora_alpaca.training import resume
 from lora_alpaca.training.loop import Loop
@@ -50,9 +50,10 @@ def train(config: FinetuneConfig, rows: Rows | None = None) -> RunResult:
     with stop.watching(), World(config, stop) as ranks, ExitStack() as until_trained:
         say = ranks.reporter.say
         output_dir = user_path(config.output_dir)
-        if config.resume and output_folder.read_record(output_dir).get("status") == "finished":
+        folder = OutputFolder(output_dir)
+        if config.resume and folder.record.get("status") == "finished":
             if ranks.first:
-                output_folder.check_lock(output_dir)
+                folder.check_unlocked()
             say(f"{output_dir}: this run is already finished")
             return run_record.finished_run(output_dir)
         checkpoint_dir = ranks.first_says(lambda: resume.find(config, output_dir, ranks.reporter))
@@ -100,7 +101,7 @@ def train(config: FinetuneConfig, rows: Rows | None = None) -> RunResult:
             model = adapter_folder.load(model, start, trainable=True, dropout=config.lora_dropout)
         else:
             model = lora.attach(model, config, base)
-        output_folder.check_space(output_dir, _bytes_written(model, config, plan))
+        folder.check_space(_bytes_written(model, config, plan))
         if not resumed or ENGINE_OPTIONS & changed.keys():
             resolve_engine(config, plan, model, ranks.device, train.lengths, ranks.world_size)
         if plan.gradient_checkpointing:
@@ -131,12 +132,11 @@ def train(config: FinetuneConfig, rows: Rows | None = None) -> RunResult:
 
         ranks.wait()  # until all have looked at the folder that the first now makes its own
         if ranks.first:
-            goes_on = not config.overwrite and output_folder.folder_status(output_dir) == "unfinished"
-            with output_folder.disk_errors_named(output_dir):
-                say(*until_trained.enter_context(output_folder.locked_for_run(output_dir, config.overwrite, goes_on)))
+            with folder.disk_errors_named():
+                say(*until_trained.enter_context(folder.take(config.overwrite)))
                 checkpoint.remove_leftovers(output_dir)
                 say(*checkpoint.set_aside_after(output_dir, checkpoint_dir))
-                atomic.replace(output_dir / output_folder.RECORD, atomic.as_json(record))
+                folder.write_record(record)
         ranks.start_tracker(config, model, resumed.facts["tracker"] if resumed else "")
 
         with stop.patient():

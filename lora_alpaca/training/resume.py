@@ -12,7 +12,7 @@ from lora_alpaca.errors import CheckpointError
 from lora_alpaca.models import lora
 from lora_alpaca.planning.plan import Plan, resolve
 from lora_alpaca.prompts import AnyTemplate, template_from_json
-from lora_alpaca.storage import output_folder
+from lora_alpaca.storage.output_folder import OutputFolder
 from lora_alpaca.training.progress import Progress
 from lora_alpaca.training.step import Stepper
 
@@ -21,10 +21,11 @@ SHAPE = {"lora_r", "lora_target_modules", "use_dora"}  # what the tensors of a c
 
 def find(config: FinetuneConfig, output_dir: Path, reporter: Progress) -> Path | None:
     """Return the checkpoint folder to go on from, or None for a fresh start, for which the output folder is checked."""
-    output_folder.check_lock(output_dir)
+    output = OutputFolder(output_dir)
+    output.check_unlocked()
     if config.resume_from_checkpoint:
         folder = checkpoint.resolve(config.resume_from_checkpoint)
-        output_folder.check(output_dir, overwrite=output_folder.folder_status(output_dir) == "unfinished", ways_on="")
+        output.check(overwrite=True, remedy="")
         return folder
     if config.resume:
         newest, passed = checkpoint.newest(output_dir)
@@ -32,8 +33,7 @@ def find(config: FinetuneConfig, output_dir: Path, reporter: Progress) -> Path |
         if newest:
             reporter.say(f"resuming from {newest}")
             return newest
-    ways_on = "go on with --resume, or start anew with --overwrite"
-    output_folder.check(output_dir, config.overwrite or config.resume, ways_on)
+    output.check(config.overwrite or config.resume, "go on with --resume, or start anew with --overwrite")
     if config.resume:
         reporter.say("--resume: no checkpoint yet; starting fresh")
     return None
