@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from faults.operations import Watch, dies_before
+from faults.phases import last_step
 from faults.report import Report, chosen
 from faults.scene import Ended, Scene, hidden, losses, same, steps, whole
 from lora_alpaca.artifacts import checkpoint
@@ -156,7 +157,7 @@ class _Stage:
         except CheckpointError as error:
             return [f"no checkpoint verifies: {error}"]
         step = int(newest.name.removeprefix("checkpoint-")) if newest else 0
-        taken = sum(line.startswith("step ") and "/3 " in line for line in died.said.splitlines())
+        taken = last_step(died.phases)
         return [
             *([f"checkpoint {max(renamed)} is lost, the newest is {step}"] if renamed and step < max(renamed) else []),
             *([f"{taken} steps were taken, and {step} saved"] if taken - step > 1 else []),
