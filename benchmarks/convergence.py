@@ -41,8 +41,9 @@ from lora_alpaca.engine import EngineChoices, fitted
 from lora_alpaca.models import lora
 from lora_alpaca.models.base import load_base, locate_base
 from lora_alpaca.models.device import choose_device
-from lora_alpaca.models.lora import State
+from lora_alpaca.models.lora import LoraAdapter
 from lora_alpaca.models.tokenizer import load_tokenizer
+from lora_alpaca.models.trainable import State
 from lora_alpaca.planning.plan import CPU_TOKENS, resolve
 from lora_alpaca.prompts import fitting_template
 from lora_alpaca.training.step import Stepper

@@ -38,13 +38,14 @@ from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.data.examples import IGNORED, Example
 from lora_alpaca.distributed.strategy import Replicated
 from lora_alpaca.distributed.world import World
-from lora_alpaca.engine import Engine, Padded, EngineChoices, fitted
+from lora_alpaca.engine import Engine, EngineChoices, Padded, fitted
 from lora_alpaca.engine.allocator import keep_large_buffers
 from lora_alpaca.engine.equivalence import difference, loss_and_gradient
 from lora_alpaca.engine.packing import pack, packs
 from lora_alpaca.models import lora
 from lora_alpaca.models.base import load_base, locate_base
 from lora_alpaca.models.device import DeviceSpec
+from lora_alpaca.models.lora import LoraAdapter
 from lora_alpaca.training.step import Stepper
 
 BUDGET, VOCABULARY = 2048, 32_000

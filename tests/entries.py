@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from command import run
+from command import error_line, run
 
 ENTRIES: set[str] = set()  # that a test of the modules imported so far is about
 SHORT = ("--max_steps", 1, "--batch_size", 2, "--val_set_size", 2, "--cutoff_len", 96, "--load_8bit", "False")
@@ -25,13 +25,9 @@ def cases(table, names):
 def line_of(verb, *words, code=2):
     """Return the one line that refuses a command, with its exit code, having written nothing."""
     before = sorted(Path().rglob("*"))
-    result = run(verb, *words)
-    assert result.code == code, result
-    lines = [line for line in result.err.splitlines() if not line.startswith(("adapter ", "model ", "warning: "))]
-    assert len(lines) == 1, result.err
-    assert lines[0].startswith("error: ")
+    line = error_line(run(verb, *words), code)
     assert sorted(Path().rglob("*")) == before
-    return lines[0]
+    return line
 
 
 def launched(monkeypatch, **variables):

@@ -3,7 +3,7 @@
 import torch
 from safetensors.torch import load_file
 
-from lora_alpaca.storage import atomic, output_folder
+from lora_alpaca.storage.output_folder import OutputFolder, remove_checkpoint
 
 
 def flags(options):
@@ -21,10 +21,10 @@ def same(one, other):
 
 def interrupt(folder, last_checkpoint):
     """Leave a finished folder as a run killed after a checkpoint leaves it."""
-    record = output_folder.read_record(folder)
+    record = OutputFolder(folder).record
     for name in [*record.pop("files"), *(f"checkpoint-{n}" for n in range(10) if n > last_checkpoint)]:
         if (folder / name).is_dir():
-            output_folder.remove_checkpoint(folder / name)
+            remove_checkpoint(folder / name)
         elif (folder / name).is_file():
             (folder / name).unlink()
-    atomic.replace(folder / output_folder.RECORD, atomic.as_json(record | {"status": "running"}))
+    OutputFolder(folder).write_record(record | {"status": "running"})

@@ -4,6 +4,8 @@ import importlib
 import os
 
 import pytest
+from faults import running
+from faults.scene import Scene
 
 PARTS = {  # the share of its cases, and the names of what it must have counted
     "crash_points": (0.025, {"crash_points run", "crash_points export", "crash_points resume"}),
@@ -22,3 +24,20 @@ def test_nothing_fails(part, tmp_path):
     report = importlib.import_module(f"faults.{part}").programme(share, tmp_path)
     assert report.failures == []
     assert counted <= {name for name, number in report.counts.items() if number}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the faults are put into forked processes")
+@pytest.mark.parametrize("begin", ["forked", pytest.param("typed", marks=pytest.mark.slow)])
+def test_a_run_notes_its_phases(begin, tmp_path):
+    """Moments to kill and to signal are drawn from them; a phase that is not noted is never struck."""
+    scene = Scene(tmp_path)
+    ended = getattr(running, begin)(scene, scene.fresh()).ended()
+    assert ended.code == 0, ended.last()
+    assert [(entry.phase, entry.step) for entry in ended.phases] == [
+        ("load", 0), ("validate", 0),
+        ("train", 0), ("stepped", 1), ("save", 1),
+        ("train", 1), ("stepped", 2), ("validate", 2), ("save", 2), ("rotate", 2),
+        ("train", 2), ("stepped", 3), ("validate", 3), ("final save", 3), ("end", 3),
+    ]  # fmt: skip
+    times = [entry.time for entry in ended.phases]
+    assert times == sorted(times)

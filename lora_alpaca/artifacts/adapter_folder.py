@@ -31,6 +31,7 @@ from lora_alpaca.models.meta import meta_model
 from lora_alpaca.models.trainable import State
 from lora_alpaca.models.weights import as_safetensors, weights_damage
 from lora_alpaca.storage import atomic, output_folder
+from lora_alpaca.storage.output_folder import OutputFolder
 from lora_alpaca.storage.paths import files_below, read_json, sha256, user_path
 
 
@@ -183,7 +184,7 @@ class Adapter:
                 atomic.rename(stage / name, output_dir / name)
         result = {key: value for key, value in asdict(run).items() if key != "output_dir"}
         finished = {"status": "finished", "adapter_sha256": hashlib.sha256(weights).hexdigest(), "files": files}
-        atomic.replace(output_dir / output_folder.RECORD, atomic.as_json(self.record | finished | {"result": result}))
+        OutputFolder(output_dir).write_record(self.record | finished | {"result": result})
 
 
 @dataclass(frozen=True)

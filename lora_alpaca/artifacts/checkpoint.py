@@ -1,4 +1,4 @@
-"""Checkpoints: everything a run needs to go on as if it had never stopped, written whole or not at all.
+"""Checkpoints: everything that a run needs to resume as if it had never stopped, written whole or not at all.
 
 checkpoint-200/
   adapter_model.safetensors, adapter_config.json   the adapter, as PEFT reads it
@@ -7,7 +7,7 @@ checkpoint-200/
   state.json                                       step, plan, history, best loss, options
   manifest.json                                    the run, and size and sha256 of each of these
 
-There is no random state in it: that of a step follows from seed, step and rank.
+A checkpoint has no random state: that of a step follows from seed, step and rank.
 """
 
 import hashlib
@@ -24,13 +24,13 @@ from lora_alpaca.errors import CheckpointError, ConfigError, TrainingError
 from lora_alpaca.models.lora import CONFIG, WEIGHTS
 from lora_alpaca.models.trainable import State
 from lora_alpaca.models.weights import as_safetensors
-from lora_alpaca.storage import atomic, output_folder
-from lora_alpaca.storage.output_folder import MANIFEST
+from lora_alpaca.storage import atomic
+from lora_alpaca.storage.output_folder import MANIFEST, remove_checkpoint
 from lora_alpaca.storage.paths import files_below, read_json, sha256, user_path
 
 OPTIMIZER, BEST, STATE = "optimizer.safetensors", "best.safetensors", "state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
-_REMAINS = re.compile(r"\.(checkpoint-\d+|final)\.(partial|removed)")  # of a save or a removal that was interrupted
+_LEFTOVER = re.compile(r"\.(checkpoint-\d+|final)\.(partial|removed)")  # of an interrupted save or removal
 
 
 @dataclass
@@ -44,9 +44,10 @@ class Checkpoint:
 
 
 def save(output_dir: Path, run: str, checkpoint: Checkpoint, settings: dict[str, Any]) -> Path:
-    """Write a checkpoint for `facts["step"]` of a run and return its folder. It appears by a rename, complete.
+    """Write a checkpoint for `facts["step"]` of a run and return its folder, which appears whole, by a rename.
 
-    Raises TrainingError, before anything is written, if a tensor in it is not finite, and OSError.
+    The caller holds the lock of `output_dir`. Raises TrainingError, before anything is written, if a tensor of the
+    checkpoint is not finite, and OSError.
     """
     step = checkpoint.facts["step"]
     for name, tensor in (checkpoint.weights | checkpoint.optimizer).items():
@@ -70,16 +71,16 @@ def save(output_dir: Path, run: str, checkpoint: Checkpoint, settings: dict[str,
             atomic.write(stage / name, data)
         atomic.write(stage / MANIFEST, atomic.as_json({"run": run, "step": step, "files": files}))
         atomic.fsync_tree(stage)
-        if folder.exists():  # nothing that this run made: those were set aside when it went on
-            output_folder.rename_aside(folder, "left")
+        if folder.exists():  # not made by this run, which set its own later ones aside when it resumed
+            atomic.rename_aside(folder, "left")
         atomic.rename(stage, folder)
     return folder
 
 
 def rotate(output_dir: Path, run: str, keep: int, spare: int | None = None) -> None:
-    """Remove the oldest checkpoints of a run beyond `keep`, by step number, but not that of step `spare`.
+    """Remove the checkpoints of a run but for the newest `keep`, by step number, and that of step `spare`.
 
-    What could not be removed before is tried again. Raises OSError.
+    Checkpoints of other runs are not touched. What an earlier call could not remove is tried again. Raises OSError.
     """
     remove_leftovers(output_dir)
     ours = [folder for folder in _folders(output_dir) if _run(folder) == run]
@@ -89,20 +90,23 @@ def rotate(output_dir: Path, run: str, keep: int, spare: int | None = None) -> N
 
 
 def remove(folder: Path) -> None:
-    """Remove a checkpoint. If that is interrupted, what is left does not look like one."""
+    """Remove a checkpoint, but for files of the user's own in it.
+
+    The folder is renamed first, so that what an interrupted removal leaves does not look like a checkpoint.
+    """
     listed = read_json(folder / MANIFEST).get("files", {})
     if set(files_below(folder)) <= {*listed, MANIFEST}:
         hidden = folder.with_name(f".{folder.name}.removed")
         atomic.remove_tree(hidden)
         atomic.rename(folder, hidden)
         folder = hidden
-    output_folder.remove_checkpoint(folder)  # a file of the user's own in it stays
+    remove_checkpoint(folder)
 
 
 def remove_leftovers(output_dir: Path) -> None:
-    """Remove what saves and removals that were interrupted have left hidden in a folder of ours."""
+    """Remove the hidden folders that interrupted saves and removals left in a folder of ours."""
     for path in output_dir.glob(".*"):
-        if path.is_dir() and _REMAINS.fullmatch(path.name):
+        if path.is_dir() and _LEFTOVER.fullmatch(path.name):
             atomic.remove_tree(path)
 
 
@@ -111,7 +115,7 @@ def _run(folder: Path) -> str:
 
 
 def _folders(output_dir: Path) -> list[Path]:
-    """Return the checkpoint folders, whole or damaged, the newest step first; a name alone makes none of ours."""
+    """Return the folders of our checkpoints, whole or damaged, the newest step first; the name alone is no proof."""
     named = (path for path in output_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name))
     return sorted((path for path in named if _run(path) or _has_parts(path)), key=_step, reverse=True)
 
@@ -128,7 +132,7 @@ def _step(folder: Path) -> int:
 
 
 def verify(folder: Path) -> str:
-    """Return what is wrong with a checkpoint, or nothing if every file has the size and hash of its manifest."""
+    """Return what is wrong with a checkpoint, or "" if every file has the size and hash that its manifest lists."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         for name in (WEIGHTS, CONFIG, OPTIMIZER, STATE, *files):
@@ -141,41 +145,43 @@ def verify(folder: Path) -> str:
 
 
 def newest(output_dir: Path) -> tuple[Path | None, dict[Path, str]]:
-    """Return the newest checkpoint that verifies, or None if there never was one, and what was passed over and why.
+    """Return the newest checkpoint that verifies, and folder -> reason of the newer ones that do not.
 
-    Raises CheckpointError where there are checkpoints and none verifies.
+    The checkpoint is None where there is none at all. Raises CheckpointError where there are some and none verifies.
     """
-    passed: dict[Path, str] = {}
+    passed_over: dict[Path, str] = {}
     for folder in _folders(output_dir):
         if not (reason := verify(folder)):
-            return folder, passed
-        passed[folder] = reason
-    if passed:
-        reasons = "; ".join(f"{folder.name}: {reason}" for folder, reason in passed.items())
+            return folder, passed_over
+        passed_over[folder] = reason
+    if passed_over:
+        reasons = "; ".join(f"{folder.name}: {reason}" for folder, reason in passed_over.items())
         raise CheckpointError(
             f"--resume: no checkpoint in {output_dir} is whole ({reasons}); start anew with --overwrite"
         )
-    return None, passed
+    return None, passed_over
 
 
 def set_aside_after(output_dir: Path, chosen: Path | None) -> list[str]:
-    """Set aside every checkpoint after the chosen one, to whose successors the run comes again, and say so.
+    """Rename every checkpoint later than the chosen one, whose steps the run takes again, and return notes on that.
 
-    Without a chosen one, or with one from elsewhere, that is every one that is there.
+    Without a chosen checkpoint, or with one of another folder, all checkpoints are renamed.
     """
-    said, step = [], -1
+    notes, step = [], -1
     if chosen is not None and chosen.resolve().parent == output_dir.resolve():
         step = _step(chosen)
     for folder in _folders(output_dir):
         if _step(folder) > step:
-            said.append(
-                f"{folder} is now {output_folder.rename_aside(folder, 'damaged' if verify(folder) else 'left').name}"
-            )
-    return said
+            aside = atomic.rename_aside(folder, "damaged" if verify(folder) else "left")
+            notes.append(f"{folder} is now {aside.name}")
+    return notes
 
 
 def resolve(path: str) -> Path:
-    """Return the folder named by --resume_from_checkpoint; ConfigError if it is missing or holds no checkpoint."""
+    """Return the folder that --resume_from_checkpoint names.
+
+    Raises ConfigError if the folder is missing or holds no checkpoint, CheckpointError if the checkpoint is damaged.
+    """
     folder = user_path(path)
     if not folder.is_dir():
         raise ConfigError(f"--resume_from_checkpoint {path}: no such folder")
@@ -203,7 +209,7 @@ def load(folder: Path) -> Checkpoint:
 
 
 def weights_of(folder: Path) -> State:
-    """Return the trained tensors of a checkpoint. Raises CheckpointError where it is not whole."""
+    """Return the adapter of a checkpoint folder. Raises CheckpointError if the checkpoint is damaged."""
     if reason := verify(folder):
         raise CheckpointError(f"{folder}: {reason}")
     return load_file(folder / WEIGHTS)

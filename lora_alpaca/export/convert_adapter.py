@@ -1,6 +1,6 @@
-"""An old adapter, whose weights are a pickle, to safetensors: tensors are read, and no code in the file is run.
+"""Convert an old adapter, whose weights are a pickle, to safetensors, without running code of the pickle.
 
-alpaca-lora and PEFT before 0.7 wrote `adapter_model.bin`. Everything about it is checked before a file is written.
+alpaca-lora and PEFT before 0.7 wrote `adapter_model.bin`. The adapter is checked whole before a file is written.
 """
 
 import re
@@ -16,20 +16,20 @@ from lora_alpaca.models import lora
 from lora_alpaca.models.lora import CONFIG, PICKLE, WEIGHTS
 from lora_alpaca.models.trainable import State
 from lora_alpaca.models.weights import as_safetensors
-from lora_alpaca.storage import atomic, output_folder
+from lora_alpaca.storage import atomic
+from lora_alpaca.storage.output_folder import OutputFolder
 from lora_alpaca.storage.paths import user_path
 
-NAME = re.compile(
-    r"(base_model\.model\.(?:.+\.)?([^.]+)\.)lora_(A|B)(?:\.default)?\.weight"
-)  # .default: PEFT's inner name, which some have saved
-LONG_GONE = ("enable_lora", "merge_weights")  # settings of PEFT 0.2, which must be off to mean the same today
+# `.default` is the name of an adapter inside PEFT, which some scripts have saved.
+NAME = re.compile(r"(base_model\.model\.(?:.+\.)?([^.]+)\.)lora_(A|B)(?:\.default)?\.weight")
+REMOVED_KEYS = ("enable_lora", "merge_weights")  # of PEFT 0.2's config; an adapter that uses them cannot be converted
 
 
 def convert_adapter(config: ConvertConfig) -> Path:
-    """Write the adapter of an old folder to a new one, as PEFT reads it today, and return that.
+    """Write the adapter of an old folder to a new folder, as PEFT reads it today, and return the new folder.
 
-    Raises AdapterError for a file that holds more than tensors, or tensors that are not those of its settings, and
-    FolderError where there is something at the new place; then nothing is written.
+    Raises AdapterError for a file with more than tensors in it, or with other tensors than its config describes, and
+    FolderError where the new folder exists already. Then nothing is written.
     """
     old, new = user_path(config.old), user_path(config.new)
     if new.exists() or new.is_symlink():
@@ -40,27 +40,28 @@ def convert_adapter(config: ConvertConfig) -> Path:
     adapter_folder.require_adapter("OLD", old)
     if (old / WEIGHTS).is_file():
         raise AdapterError(f"{old} has its {WEIGHTS} already; there is nothing to convert")
-    settings = _settings(old)
-    state = _named(read_tensors(old / PICKLE), str(old / PICKLE))
+    peft_config = _normalized_config(old)
+    state = _renamed(read_tensors(old / PICKLE), str(old / PICKLE))
     adapter_folder.require_sound(state, str(old / PICKLE))
-    _check_shapes(state, settings, str(old / PICKLE))
+    _verify_shapes(state, peft_config, str(old / PICKLE))
 
-    with output_folder.staging_folder(new) as stage:
+    folder = OutputFolder(new)
+    with folder.staging() as stage:
         atomic.write(stage / WEIGHTS, as_safetensors(state))
-        atomic.write(stage / CONFIG, atomic.as_json(settings))
+        atomic.write(stage / CONFIG, atomic.as_json(peft_config))
         atomic.fsync_tree(stage)
-        output_folder.move_into_place(stage, new, overwrite=False)
+        folder.publish(stage, overwrite=False)
     print(f"{len(state)} tensors of {old / PICKLE} written to {new}")
     return new
 
 
 def read_tensors(path: Path) -> State:
-    """Return the tensors of a file that torch.save wrote. Raises AdapterError for anything else that is in it."""
+    """Return the tensors of a file that torch.save wrote. Raises AdapterError for a file of anything else."""
     if not path.is_file():
         raise AdapterError(f"{path.parent}: {PICKLE} is missing; there is nothing to convert")
     try:
         found: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged or a malicious file makes of the reader
+    except Exception as error:  # a damaged or malicious file can raise anything
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise AdapterError(f"{path}: holds no plain tensors, or is damaged; not loaded ({reason:.100})") from None
     if not isinstance(found, dict) or not all(
@@ -70,30 +71,33 @@ def read_tensors(path: Path) -> State:
     return {name: tensor.detach().clone().contiguous() for name, tensor in found.items()}
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    """Return the settings of an old folder as PEFT writes them today; AdapterError where they mean something else."""
+def _normalized_config(folder: Path) -> dict[str, Any]:
+    """Return the adapter config of an old folder as PEFT writes it today.
+
+    Raises AdapterError for a config that PEFT no longer understands.
+    """
     old = adapter_folder.read_config(folder)
-    for key in LONG_GONE:
+    for key in REMOVED_KEYS:
         if old.get(key):
             raise AdapterError(f"{folder / CONFIG}: {key} is {old[key]}, which PEFT does not know any more")
-    return lora.normalized({key: value for key, value in old.items() if key not in LONG_GONE}, str(folder / CONFIG))
+    return lora.normalized({key: value for key, value in old.items() if key not in REMOVED_KEYS}, str(folder / CONFIG))
 
 
-def _named(tensors: State, where: str) -> State:
-    """Return tensors under the names of today; AdapterError for one that is no part of a LoRA adapter."""
-    named = {}
+def _renamed(tensors: State, where: str) -> State:
+    """Return tensors under PEFT's names of today. Raises AdapterError for a tensor that no LoRA adapter has."""
+    renamed = {}
     for name, tensor in tensors.items():
         if not (found := NAME.fullmatch(name)):
             raise AdapterError(f"{where}: {name} is not the name of a LoRA tensor; not converted")
-        named[f"{found[1]}lora_{found[3]}.weight"] = tensor
-    if len(named) != len(tensors):
+        renamed[f"{found[1]}lora_{found[3]}.weight"] = tensor
+    if len(renamed) != len(tensors):
         raise AdapterError(f"{where}: holds a tensor twice, under two names; not converted")
-    return named
+    return renamed
 
 
-def _check_shapes(state: State, settings: dict[str, Any], where: str) -> None:
-    """Raise AdapterError unless there is an A [r, in] for every B [out, r], on the modules that the settings name."""
-    rank, targets = settings["r"], settings["target_modules"]
+def _verify_shapes(state: State, peft_config: dict[str, Any], where: str) -> None:
+    """Raise AdapterError unless each target module of the config, and no other, has an A [r, in] and a B [out, r]."""
+    rank, targets = peft_config["r"], peft_config["target_modules"]
     layers = {NAME.fullmatch(name)[1]: NAME.fullmatch(name)[2] for name in state}  # type: ignore[index]
     for layer in layers:
         for part, side in (("A", 0), ("B", 1)):

@@ -25,7 +25,8 @@ from lora_alpaca.models.memory import gigabytes
 from lora_alpaca.models.meta import memory_bytes, meta_model
 from lora_alpaca.models.tokenizer import load_tokenizer
 from lora_alpaca.planning.preflight import check_base_fits
-from lora_alpaca.storage import atomic, output_folder
+from lora_alpaca.storage import atomic
+from lora_alpaca.storage.output_folder import RECORD, OutputFolder
 from lora_alpaca.storage.paths import files_below, user_path
 
 
@@ -41,7 +42,8 @@ def export_hf(config: ExportConfig) -> Path:
             f"--lora_weights {adapter}: no adapter there; train one first: python finetune.py --output_dir {adapter}"
         )
     adapter_folder.require_adapter("--lora_weights", adapter)
-    output_folder.check(output_dir, config.overwrite, "remove it, or pass --overwrite")
+    folder = OutputFolder(output_dir)
+    folder.check(config.overwrite, "remove it, or pass --overwrite")
     origin = adapter_folder.read_info(adapter)
     template = agreed_template(config.prompt_template, origin.contract, str(adapter))
     if origin.contract is None:
@@ -82,7 +84,7 @@ def export_hf(config: ExportConfig) -> Path:
     stop_ids = prompt_contract.stop_ids(merged.generation_config.eos_token_id, tokenizer, template)
     merged.generation_config.eos_token_id = stop_ids or None
     contract = origin.contract.content if origin.contract else prompt_contract.build(tokenizer, template, stop_ids)
-    with output_folder.staging_folder(output_dir) as stage:
+    with folder.staging() as stage:
         merged.save_pretrained(stage)
         tokenizer.save_pretrained(stage)
         atomic.write(stage / prompt_contract.FILE, atomic.as_json(contract))
@@ -96,12 +98,12 @@ def export_hf(config: ExportConfig) -> Path:
             "receipt": receipt,
             "weights": weight_hashes(replace(base, path=str(stage), revision=None)),
             "versions": run_record.versions(),
-            "files": sorted({*files_below(stage)} - {atomic.LOCK}),
+            "files": files_below(stage),
         }
-        atomic.write(stage / output_folder.RECORD, atomic.as_json(record))
+        atomic.write(stage / RECORD, atomic.as_json(record))
         atomic.fsync_tree(stage)
-        said = output_folder.move_into_place(stage, output_dir, config.overwrite)
-    print(*said, summary(receipt), f"merged model saved in {output_dir}", sep="\n")
+        notes = folder.publish(stage, config.overwrite)
+    print(*notes, summary(receipt), f"merged model saved in {output_dir}", sep="\n")
     return output_dir
 
 

@@ -1,4 +1,4 @@
-"""A base model without its weights: what can be known about it before the first heavy step."""
+"""Memory: how much a device has left, what an error says about a shortage, and how to free what is cached."""
 
 import gc
 from collections.abc import Iterator
@@ -20,11 +20,11 @@ SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "cannot 
 
 
 class MemoryShortage(Exception):
-    """There was not enough memory; the text says how much was asked for, if that is known."""
+    """There was not enough memory; the text says how much was asked for, where that is known."""
 
 
 def shortage(error: Exception) -> str:
-    """Return the first sentence of an error that is a want of memory; any other is raised again."""
+    """Return the first line of an error that says that memory is short. Raises any other error again."""
     text = str(error)
     if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(sign in text.lower() for sign in SIGNS):
         raise error
@@ -32,9 +32,9 @@ def shortage(error: Exception) -> str:
 
 
 def free_and_total(device: torch.device) -> tuple[int, int]:
-    """Return how many bytes of a device's memory are free, in all processes, and how many there are.
+    """Return the free bytes and all bytes of a device's memory, whichever process uses the rest.
 
-    On a CPU both are without swap, and within the limit of the container or batch job that this process runs in.
+    On a CPU neither counts swap, and both are within the limit of the container or batch job of this process.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)
@@ -45,28 +45,23 @@ def free_and_total(device: torch.device) -> tuple[int, int]:
 
 
 def _groups() -> Iterator[tuple[int, int]]:
-    """Yield limit and use of the control groups around this process, in bytes; cached files are no use."""
+    """Yield limit and use, in bytes, of the control groups around this process that have a limit.
+
+    Use is without cached files, which the kernel drops where memory is short.
+    """
     try:
-        lines = [line.split(":", 2) for line in OWN_GROUPS.read_text().splitlines()]
-    except OSError:  # another system
+        lines = OWN_GROUPS.read_text().splitlines()
+    except OSError:  # not Linux
         return
-    for _, controllers, name in lines:
-        if controllers == "":
-            top, limit_file, used_file, cached_key = GROUPS, "memory.max", "memory.current", "inactive_file"
-        elif controllers == "memory":  # the first version of control groups
-            top, cached_key = GROUPS / "memory", "total_inactive_file"
-            limit_file, used_file = "memory.limit_in_bytes", "memory.usage_in_bytes"
-        else:
-            continue
-        inner = top / name.lstrip("/")
-        for group in (inner, *(above for above in inner.parents if above.is_relative_to(top))):
-            try:  # in a container the inner ones may be out of sight
-                limit, used = (group / limit_file).read_text(), int((group / used_file).read_text())
+    for inner in (GROUPS / line.removeprefix("0::").lstrip("/") for line in lines if line.startswith("0::")):
+        for group in (inner, *(above for above in inner.parents if above.is_relative_to(GROUPS))):
+            try:  # in a container the inner groups may be out of sight
+                limit, used = (group / "memory.max").read_text(), int((group / "memory.current").read_text())
                 stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
             except (OSError, ValueError):
                 continue
-            if limit.strip().isdigit():  # "max" is none
-                yield int(limit), max(0, used - int(stat.get(cached_key, 0)))
+            if limit.strip().isdigit():  # otherwise it is "max"
+                yield int(limit), max(0, used - int(stat.get("inactive_file", 0)))
 
 
 def describe_free(device: torch.device) -> str:
@@ -76,7 +71,7 @@ def describe_free(device: torch.device) -> str:
 
 
 def release(device: torch.device) -> None:
-    """Give back what is cached, to try again with less."""
+    """Free what is cached, before a second attempt with less."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

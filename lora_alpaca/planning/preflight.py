@@ -17,7 +17,7 @@ from lora_alpaca.models.memory import gigabytes
 from lora_alpaca.models.meta import memory_bytes, meta_model
 from lora_alpaca.planning.estimate import ModelSize, disk_bytes, model_size
 from lora_alpaca.planning.plan import Plan
-from lora_alpaca.storage import output_folder
+from lora_alpaca.storage.output_folder import OutputFolder
 from lora_alpaca.storage.paths import user_path
 
 HIGH_RATE = 0.1  # above it, LoRA hardly ever learns
@@ -68,7 +68,7 @@ def check_model(config: FinetuneConfig, base: Base, spec: DeviceSpec) -> tuple[M
 
 def check_disk(output_dir: Path, plan: Plan, config: FinetuneConfig, size: ModelSize) -> None:
     """Raise FolderError where the disk has less space than a run by this plan writes."""
-    output_folder.check_space(output_dir, disk_bytes(size, config, plan.total_steps, plan.save_steps))
+    OutputFolder(output_dir).check_space(disk_bytes(size, config, plan.total_steps, plan.save_steps))
 
 
 def check_options(config: FinetuneConfig, base: Base) -> tuple[FinetuneConfig, list[str]]:

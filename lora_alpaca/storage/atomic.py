@@ -1,7 +1,7 @@
-"""The one place that writes: every file, flush, rename and removal, in an order that a crash cannot spoil.
+"""The only module that writes: every file, flush, rename, removal and lock, in an order that survives a crash.
 
-What others read, a run that resumes or a model that is loaded, appears by a rename. What is renamed has been flushed to
-the disk before, and the folder that it appears in is flushed after. So there is always the old or the new, whole.
+Whatever is read later appears under its name by a rename. Its data is flushed to the disk before the rename, and the
+folder it appears in is flushed after. So a crash leaves either the old contents or the new ones, whole.
 """
 
 import json
@@ -10,13 +10,13 @@ import re
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-LOCK = ".lora_alpaca.lock"
+LOCK_TIMEOUT = 0.1  # seconds
 
 
 def write(path: Path, data: bytes) -> None:
@@ -32,7 +32,7 @@ def write(path: Path, data: bytes) -> None:
 
 
 def replace(path: Path, data: bytes) -> None:
-    """Write a file whole: beside its place, then renamed into it."""
+    """Write a file under a hidden name and rename it to its own, so that no reader sees half of it."""
     beside = path.with_name(f".{path.name}.partial")
     try:
         write(beside, data)
@@ -43,15 +43,26 @@ def replace(path: Path, data: bytes) -> None:
 
 
 def rename(path: Path, to: Path) -> None:
-    """Rename a file or folder, over a file or an empty folder that is there, and make the new name last."""
+    """Rename a file or folder, replacing a file or an empty folder of that name, and flush the names."""
     os.replace(path, to)
     sync_folder(to.parent)
     if path.parent != to.parent:
         sync_folder(path.parent)
 
 
+def rename_aside(path: Path, ending: str = "") -> Path:
+    """Rename a folder to the first free of `name.1`, `name.2`, ..., or of `name.ENDING`, `name.ENDING.1`, ..."""
+    path = path.resolve()
+    name = f"{path.name}.{ending}" if ending else path.name
+    number = 0 if ending else 1
+    while (aside := path.with_name(f"{name}.{number}" if number else name)).exists():
+        number += 1
+    rename(path, aside)
+    return aside
+
+
 def make_folder(folder: Path) -> None:
-    """Make a folder that may be there, and those above it, and make their names last."""
+    """Make a folder, and those above it, where they are missing, and flush their names."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
@@ -59,19 +70,19 @@ def make_folder(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, if it is there."""
+    """Remove a file, if it exists."""
     with suppress(FileNotFoundError):
         os.unlink(path)
 
 
 def remove_if_empty(folder: Path) -> None:
-    """Remove a folder if nothing is in it."""
+    """Remove a folder if it is empty."""
     if not any(folder.iterdir()):
         os.rmdir(folder)
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush the names in a folder to the disk, where the system can."""
+    """Flush the names in a folder to the disk, where the system can do that."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -82,15 +93,14 @@ def sync_folder(folder: Path) -> None:
 
 
 def fsync_tree(folder: Path) -> None:
-    """Flush everything below a folder, whoever wrote it; make its files as readable as the user's umask says."""
-    remove(folder / LOCK)  # of `staged`: what is settled is about to be renamed
+    """Flush everything below a folder, whoever wrote it, and give its files the mode that the user's umask says."""
     umask = os.umask(0)
     os.umask(umask)
     for path in sorted(folder.rglob("*")):
         if path.is_dir():
             sync_folder(path)
         else:
-            os.chmod(path, 0o666 & ~umask)  # safetensors' own writer lets nobody else read
+            os.chmod(path, 0o666 & ~umask)  # safetensors' own writer makes files that only the user can read
             descriptor = os.open(path, os.O_RDWR)
             try:
                 os.fsync(descriptor)
@@ -101,7 +111,7 @@ def fsync_tree(folder: Path) -> None:
 
 @contextmanager
 def rust_errors_as_oserror() -> Iterator[None]:
-    """Turn what writers in Rust raise where a disk fails, within this context, into the OSError that it is."""
+    """Raise OSError, within this context, for an error of a disk that a writer in Rust raises as its own type."""
     try:
         yield
     except Exception as error:
@@ -112,61 +122,54 @@ def rust_errors_as_oserror() -> Iterator[None]:
 
 @contextmanager
 def staging_folder(folder: Path) -> Iterator[Path]:
-    """Give an empty, hidden folder beside `folder`, to be filled, settled and renamed before the context ends.
+    """Give an empty, hidden folder beside `folder`, to be filled, flushed and renamed within this context.
 
-    Otherwise it is removed. One that a crash left behind is emptied and used; one in use is BlockingIOError.
+    It is removed at the end if it was not renamed, and emptied first if a crash left one. The caller holds a lock.
     """
     stage = folder.with_name(f".{folder.name}.partial")
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(locked(stage))
-        except BlockingIOError:
-            raise
-        except OSError:
-            remove_tree(stage)
-            raise
-        try:
-            remove_tree(stage, but=LOCK)
-            yield stage
-        finally:
-            remove_tree(stage)
+    try:
+        remove_tree(stage)
+        make_folder(stage)
+        yield stage
+    finally:
+        remove_tree(stage)
 
 
-def remove_tree(folder: Path, but: str = "") -> None:
-    """Remove a hidden folder of ours and what is in it; with `but` only what is in it, except a file of that name."""
-    if not but:
-        return shutil.rmtree(folder, ignore_errors=True)
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        elif path.name != but:
-            remove(path)
+def remove_tree(folder: Path) -> None:
+    """Remove a hidden folder of ours and everything in it, as far as that is possible."""
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder, which is made if need be, until the context ends or this process does.
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file at `path` until the context ends, which removes the file, or until this process dies.
 
-    Raises BlockingIOError, with the name of the process that is there.
+    A file that a killed process left is no obstacle. Raises BlockingIOError, with the name of the process that holds
+    the lock.
     """
-    make_folder(folder)
-    lock = FileLock(folder / LOCK, thread_local=False)
+    make_folder(path.parent)
+    lock = FileLock(path, thread_local=False)
     try:
-        lock.acquire(timeout=0)
+        # The holder removes the file, then unlocks it. Who opened it just before holds a lock without a name in the
+        # end: filelock sees that (the file has no link left) and tries again, for which it needs a little time.
+        lock.acquire(timeout=LOCK_TIMEOUT, poll_interval=LOCK_TIMEOUT / 20)
     except Timeout:
-        owner = (folder / LOCK).read_text(encoding="utf-8", errors="replace").strip()
-        raise BlockingIOError(owner or "a process that has just begun") from None
+        raise BlockingIOError(_holder(path) or "a process that has just begun") from None
     try:
-        with suppress(OSError):  # a full disk: it is locked all the same
-            write(folder / LOCK, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        with suppress(OSError):  # on a full disk the lock holds all the same, without a name in it
+            write(path, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
     finally:
-        with suppress(OSError):  # a disk that fails: what is done here is done all the same
-            remove(folder / LOCK)  # it names this machine, and folders are published
+        with suppress(OSError):  # a disk that fails does not undo the work
+            remove(path)
         lock.release()
 
 
-# -------------------------------------------------------------------------------------------------------- contents
+def _holder(lock: Path) -> str:
+    """Return what a lock file says about the process that holds it."""
+    with suppress(OSError):
+        return lock.read_text(encoding="utf-8", errors="replace").strip()
+    return ""
 
 
 def as_json(value: Any) -> bytes:

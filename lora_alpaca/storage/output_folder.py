@@ -1,24 +1,24 @@
-"""Output folders: whose they are, who is at work in them, and what may be done to them.
+"""Output folders: the status of one, the lock that keeps others out of it, and what may be removed from it.
 
-A folder of ours carries a record, `lora_alpaca.json`: what it holds, whether it is finished, and which files are ours.
-Nothing else is ever removed or written over.
+A folder of ours contains a record, `lora_alpaca.json`: what the folder holds, whether that is finished, and which files
+are ours. No other file is ever removed or written over.
 """
 
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from lora_alpaca.errors import FolderError
 from lora_alpaca.storage import atomic
-from lora_alpaca.storage.atomic import LOCK
 from lora_alpaca.storage.paths import read_json
 
 RECORD = "lora_alpaca.json"
 MANIFEST = "manifest.json"  # in every checkpoint: its run, its step, and its files with sizes and hashes
-Entered = TypeVar("Entered")
+INNER_LOCK = ".lora_alpaca.lock"  # where a lock cannot be beside the folder; earlier versions always put it there
+LEFTOVERS = {INNER_LOCK, f".{RECORD}.partial"}  # of a process that was killed at its very beginning
 FolderStatus = Literal["free", "finished", "unfinished", "foreign"]
 
 
@@ -28,180 +28,186 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record if "status" in record else {}
 
 
-def folder_status(folder: Path) -> FolderStatus:
-    """Return whether a folder is free to use, a finished or an unfinished one of ours, or somebody else's."""
-    if not folder.exists() or (folder.is_dir() and not _contents(folder)):
-        return "free"
-    record = read_record(folder) if folder.is_dir() else {}
-    return "foreign" if not record else "finished" if record["status"] == "finished" else "unfinished"
+class OutputFolder:
+    """The folder that a run or an export writes to, which need not exist yet."""
 
+    def __init__(self, path: Path):
+        self.path = path
 
-def _contents(folder: Path) -> list[Path]:
-    """Return what is in a folder, but for what a run that was killed at its very beginning leaves."""
-    beginning = {LOCK, f".{RECORD}.partial"}
-    return [path for path in folder.iterdir() if path.name not in beginning]
+    @property
+    def record(self) -> dict[str, Any]:
+        """Return the record of the folder, or an empty one."""
+        return read_record(self.path)
 
+    @property
+    def status(self) -> FolderStatus:
+        """Return whether the folder is free to use, a finished or an unfinished one of ours, or somebody else's."""
+        if not self.path.exists() or (self.path.is_dir() and {path.name for path in self.path.iterdir()} <= LEFTOVERS):
+            return "free"
+        if not self.record:
+            return "foreign"
+        return "finished" if self.record["status"] == "finished" else "unfinished"
 
-def check(folder: Path, overwrite: bool, ways_on: str) -> None:
-    """Raise FolderError where a folder must not be written to; `ways_on` says what to do about an unfinished one."""
-    found = folder_status(folder)
-    if found == "foreign":
-        what = "is not a folder" if not folder.is_dir() else "is not empty and was not made by lora_alpaca"
-        raise FolderError(f"--output_dir {folder} {what}; name another folder")
-    if found == "unfinished" and not overwrite:
-        raise FolderError(f"--output_dir {folder} holds an unfinished run; {ways_on}")
-    above = _there(folder)
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise FolderError(f"--output_dir {folder}: {above} is not writable; name another folder")
+    # -------------------------------------------------------------------------------------------------- checks
 
+    def check(self, overwrite: bool, remedy: str) -> None:
+        """Raise FolderError where nothing may be written; `remedy` is what to do about an unfinished run."""
+        if self.status == "foreign":
+            what = "is not a folder" if not self.path.is_dir() else "is not empty and was not made by lora_alpaca"
+            raise FolderError(f"--output_dir {self.path} {what}; name another folder")
+        if self.status == "unfinished" and not overwrite:
+            raise FolderError(f"--output_dir {self.path} holds an unfinished run; {remedy}")
+        existing = _existing(self.path)
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise FolderError(f"--output_dir {self.path}: {existing} is not writable; name another folder")
 
-def check_space(folder: Path, needed: int) -> None:
-    """Raise FolderError where a disk has not so many bytes left."""
-    free = shutil.disk_usage(_there(folder)).free
-    if free < needed:
-        raise FolderError(
-            f"--output_dir {folder}: the run writes about {needed / 1e6:.0f} MB and the disk has {free / 1e6:.0f} MB "
-            "left; free some, lower --save_total_limit, or name another folder"
-        )
+    def check_unlocked(self) -> None:
+        """Raise FolderError if another process works in the folder."""
+        if self._lock().exists():
+            with self.locked():
+                pass
 
-
-def _there(folder: Path) -> Path:
-    """Return a folder, or the nearest one above it that exists."""
-    return next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
-
-
-def check_lock(folder: Path) -> None:
-    """Raise FolderError if a run is at work in a folder."""
-    if (folder / LOCK).exists():
-        with _alone(folder):
-            pass
-
-
-@contextmanager
-def locked_for_run(folder: Path, overwrite: bool, goes_on: bool) -> Iterator[list[str]]:
-    """Make room in a checked folder, unless the run in it goes on, and keep others out of it until the context ends.
-
-    Yields what was done, in sentences. Raises FolderError if another process is at work there.
-    """
-    with ExitStack() as before, ExitStack() as now:
-        before.enter_context(_alone(folder))
-        said = [] if goes_on else take_over(folder, overwrite)
-        if not (folder / LOCK).exists():  # it went aside with what was there
-            before.close()
-            now.enter_context(_alone(folder))
-        yield said
-
-
-@contextmanager
-def disk_errors_named(folder: Path) -> Iterator[None]:
-    """Turn what a disk fails with within this context into a FolderError."""
-    try:
-        with atomic.rust_errors_as_oserror():
-            yield
-    except FolderError:
-        raise
-    except OSError as error:
-        raise FolderError(
-            f"--output_dir {folder}: it could not be written ({error.strerror or error}); free space there, or name "
-            "another folder"
-        ) from None
-
-
-@contextmanager
-def staging_folder(folder: Path) -> Iterator[Path]:
-    """Give `storage.staged(folder)`. Raises FolderError if another process makes the same folder, or the disk fails."""
-    with disk_errors_named(folder), ExitStack() as stack:
-        yield _entered(stack, atomic.staging_folder(folder), folder)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    with ExitStack() as stack:
-        _entered(stack, atomic.locked(folder), folder)
-        yield
-
-
-def _entered(stack: ExitStack, context: AbstractContextManager[Entered], folder: Path) -> Entered:
-    with disk_errors_named(folder):
-        try:
-            return stack.enter_context(context)
-        except BlockingIOError as error:
+    def check_space(self, needed: int) -> None:
+        """Raise FolderError where the disk has less than `needed` bytes left."""
+        free = shutil.disk_usage(_existing(self.path)).free
+        if free < needed:
             raise FolderError(
-                f"--output_dir {folder}: another run is at work there ({error}); wait for it, or name another folder"
+                f"--output_dir {self.path}: the run writes about {needed / 1e6:.0f} MB and the disk has "
+                f"{free / 1e6:.0f} MB left; free some, lower --save_total_limit, or name another folder"
+            )
+
+    @contextmanager
+    def disk_errors_named(self) -> Iterator[None]:
+        """Raise FolderError for every error of the disk within this context."""
+        try:
+            with atomic.rust_errors_as_oserror():
+                yield
+        except FolderError:
+            raise
+        except OSError as error:
+            raise FolderError(
+                f"--output_dir {self.path}: it could not be written ({error.strerror or error}); free space there, or "
+                "name another folder"
             ) from None
 
+    # ------------------------------------------------------------------------------- one process at a time
 
-# ------------------------------------------------------------------------------------------------------ making room
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes out of the folder within this context. Raises FolderError if one is in it."""
+        with ExitStack() as stack:
+            with self.disk_errors_named():
+                try:
+                    stack.enter_context(atomic.locked(self._lock()))
+                except BlockingIOError as error:
+                    raise FolderError(
+                        f"--output_dir {self.path}: another run is at work there ({error}); wait for it, or name "
+                        "another folder"
+                    ) from None
+            yield
 
+    def _lock(self) -> Path:
+        """Return the path of the lock: beside the folder, so that the folder can be renamed, removed and replaced.
 
-def take_over(folder: Path, overwrite: bool) -> list[str]:
-    """Make room in a checked folder, set aside a finished run or remove it, and return what was done in sentences."""
-    said = []
-    if folder_status(folder) != "free":
-        if overwrite:
-            remove_ours(folder)
-            said.append(f"removed the earlier results in {folder}")
+        Beside a mounted volume is another disk, which processes that share the volume may not share, or a folder that
+        the user cannot write to. Such a folder cannot be renamed either, so the lock is inside.
+        """
+        path = self.path.resolve()
+        if os.path.ismount(path) or not os.access(_existing(path.parent), os.W_OK | os.X_OK):
+            return path / INNER_LOCK
+        return path.with_name(f".{path.name}.lock")
+
+    @contextmanager
+    def take(self, overwrite: bool) -> Iterator[list[str]]:
+        """Lock a checked folder and give notes on what was done to make room: an unfinished run stays in it, a
+        finished one is set aside, and either is removed with `overwrite`. Raises FolderError.
+        """
+        with self.locked():
+            with self.disk_errors_named():
+                self._remove_leftovers()
+                resumes = self.status == "unfinished" and not overwrite
+                notes = [] if resumes else self._make_room(overwrite)
+            yield notes
+
+    @contextmanager
+    def staging(self) -> Iterator[Path]:
+        """Lock the folder and give an empty, hidden one beside it, to be filled, flushed and published.
+
+        Raises FolderError if another process is in the folder, and for every error of the disk within this context.
+        """
+        with self.disk_errors_named(), self.locked(), atomic.staging_folder(self.path) as stage:
+            yield stage
+
+    def publish(self, stage: Path, overwrite: bool) -> list[str]:
+        """Rename a flushed stage to the folder and return notes on what was done to make room. Nobody sees half."""
+        self._remove_leftovers()
+        notes = self._make_room(overwrite)
+        if any(path.name != RECORD for path in self.path.iterdir()):  # the user's own files stay where they are
+            self.write_record(read_record(stage) | {"status": "unfinished"})  # the record that counts comes last
+            for path in sorted(stage.iterdir(), key=lambda path: path.name == RECORD):
+                atomic.rename(path, self.path / path.name)
+            os.rmdir(stage)
         else:
-            said.append(f"{folder} holds finished results; they are now in {rename_aside(folder)}")
-    atomic.make_folder(folder)
-    return said
+            atomic.remove(self.path / RECORD)
+            os.rmdir(self.path)
+            atomic.rename(stage, self.path)
+        return notes
 
+    def write_record(self, record: dict[str, Any]) -> None:
+        """Replace the record of the folder."""
+        atomic.replace(self.path / RECORD, atomic.as_json(record))
 
-def rename_aside(path: Path, ending: str = "") -> Path:
-    """Rename a folder to the first free of `name.1`, `name.2`, ..., or of `name.ENDING`, `name.ENDING.1`, ..."""
-    path = path.resolve()
-    name = f"{path.name}.{ending}" if ending else path.name
-    number = 0 if ending else 1
-    while (aside := path.with_name(f"{name}.{number}" if number else name)).exists():
-        number += 1
-    atomic.rename(path, aside)
-    atomic.remove(aside / LOCK)
-    return aside
+    # ---------------------------------------------------------------------------------------------- making room
 
+    def _make_room(self, overwrite: bool) -> list[str]:
+        """Remove or set aside what the folder holds, make it if it is missing, and return notes on that."""
+        notes = []
+        if self.status != "free":
+            if overwrite:
+                self.remove_ours()
+                notes.append(f"removed the earlier results in {self.path}")
+            else:
+                notes.append(f"{self.path} holds finished results; they are now in {atomic.rename_aside(self.path)}")
+        atomic.make_folder(self.path)
+        return notes
 
-def remove_ours(folder: Path) -> None:
-    """Remove the files that our records list, and then the folders that this leaves empty.
+    def _remove_leftovers(self) -> None:
+        """Remove the files that a killed process left in the folder, but not the lock that is held now."""
+        for name in LEFTOVERS - {self._lock().name}:
+            atomic.remove(self.path / name)
 
-    The record stays, as that of something unfinished, until another one takes its place: the folder is still ours.
-    """
-    record = read_record(folder)
-    atomic.replace(folder / RECORD, atomic.as_json(record | {"status": "unfinished"}))
-    for listing in folder.glob(f"checkpoint-*/{MANIFEST}"):
-        remove_checkpoint(listing.parent)
-    for name in record.get("files", []):
-        remove_below(folder, name)
-    for path in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
-        atomic.remove_if_empty(path)
+    def remove_ours(self) -> None:
+        """Remove the files that our records list, and the folders that this leaves empty.
+
+        The record stays, as that of something unfinished, until another one replaces it: the folder is still ours.
+        """
+        record = self.record
+        self.write_record(record | {"status": "unfinished"})
+        for manifest in self.path.glob(f"checkpoint-*/{MANIFEST}"):
+            remove_checkpoint(manifest.parent)
+        for name in record.get("files", []):
+            _remove_below(self.path, name)
+        for path in sorted((path for path in self.path.rglob("*") if path.is_dir()), reverse=True):
+            atomic.remove_if_empty(path)
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove a checkpoint: the files its manifest lists, and the folder if that was all."""
+    """Remove a checkpoint: the files that its manifest lists, and the folder if it is empty then."""
     manifest = read_json(folder / MANIFEST)
     if not {"step", "files"} <= manifest.keys():
         return  # a manifest, but not one of ours
-    for name in [*manifest["files"], MANIFEST]:  # the manifest last: without it the rest would be nobody's
-        remove_below(folder, name)
+    for name in [*manifest["files"], MANIFEST]:  # the manifest last: it is what makes the other files ours
+        _remove_below(folder, name)
     atomic.remove_if_empty(folder)
 
 
-def remove_below(folder: Path, name: str) -> None:
-    """Remove a file that a record lists, if it is one below the folder of that record."""
+def _remove_below(folder: Path, name: str) -> None:
+    """Remove a file that a record lists, if it is below the folder of that record."""
     path = folder / name
     if path.resolve().is_relative_to(folder.resolve()) and not path.is_dir():
         atomic.remove(path)
 
 
-def move_into_place(stage: Path, folder: Path, overwrite: bool) -> list[str]:
-    """Let a staged folder appear in its place and return what was done to make room. Nobody sees half of it."""
-    said = take_over(folder, overwrite)
-    if any(path.name != RECORD for path in folder.iterdir()):  # files of the user's own stay where they are
-        coming = read_record(stage) | {"status": "unfinished"}  # the record that counts comes last
-        atomic.replace(folder / RECORD, atomic.as_json(coming))
-        for path in sorted(stage.iterdir(), key=lambda path: path.name == RECORD):
-            atomic.rename(path, folder / path.name)
-        os.rmdir(stage)
-    else:
-        atomic.remove(folder / RECORD)
-        os.rmdir(folder)
-        atomic.rename(stage, folder)
-    return said
+def _existing(path: Path) -> Path:
+    """Return a path, or the nearest one above it that exists."""
+    return next(parent for parent in (path, *path.resolve().parents) if parent.exists())

@@ -4,7 +4,7 @@ A run resumes from a checkpoint of the same run. What decides its result must be
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from lora_alpaca.errors import CheckpointError
 from lora_alpaca.planning import plan as planning
 from lora_alpaca.planning.plan import Plan
 from lora_alpaca.prompts import AnyTemplate, template_from_json
-from lora_alpaca.storage import atomic, output_folder
+from lora_alpaca.storage.output_folder import OutputFolder
 from lora_alpaca.storage.paths import user_path
 from lora_alpaca.training.state import TrainState
 from lora_alpaca.training.step import Stepper
@@ -58,14 +58,12 @@ class Start:
     @contextmanager
     def folder(self, record: dict[str, Any]) -> Iterator[list[str]]:
         """Make the output folder this run's own until the context ends, and yield notes on what was set aside."""
-        folder, config = self.output_dir, self.config
-        resumes = not config.overwrite and output_folder.folder_status(folder) == "unfinished"
-        with ExitStack() as stack:
-            with output_folder.disk_errors_named(folder):
-                notes = stack.enter_context(output_folder.locked_for_run(folder, config.overwrite, resumes))
-                checkpoints.remove_leftovers(folder)
-                notes += checkpoints.set_aside_after(folder, self._checkpoint_folder())
-                atomic.replace(folder / output_folder.RECORD, atomic.as_json(record))
+        folder = OutputFolder(self.output_dir)
+        with folder.take(self.config.overwrite) as notes:
+            with folder.disk_errors_named():
+                checkpoints.remove_leftovers(self.output_dir)
+                notes += checkpoints.set_aside_after(self.output_dir, self._checkpoint_folder())
+                folder.write_record(record)
             yield notes
 
     def _checkpoint_folder(self) -> Path | None:
@@ -163,9 +161,9 @@ def start(config: FinetuneConfig, world: World) -> Start:
     that cannot be resumed from.
     """
     output_dir = user_path(config.output_dir)
-    if config.resume and output_folder.read_record(output_dir).get("status") == "finished":
+    if config.resume and OutputFolder(output_dir).status == "finished":
         if world.is_main:
-            output_folder.check_lock(output_dir)
+            OutputFolder(output_dir).check_unlocked()
         notes = [f"{output_dir}: this run is already finished"]
         return Start(config, output_dir, notes, run_record.finished_run(output_dir))
     folder, notes = world.broadcast(lambda: _find(config, output_dir))
@@ -176,19 +174,19 @@ def start(config: FinetuneConfig, world: World) -> Start:
 
 def _find(config: FinetuneConfig, output_dir: Path) -> tuple[Path | None, list[str]]:
     """Return the checkpoint folder to resume from, None for a fresh start, and notes; the output folder is checked."""
-    output_folder.check_lock(output_dir)
+    folder = OutputFolder(output_dir)
+    folder.check_unlocked()
     if config.resume_from_checkpoint:
-        folder = checkpoints.resolve(config.resume_from_checkpoint)
-        unfinished = output_folder.folder_status(output_dir) == "unfinished"
-        output_folder.check(output_dir, overwrite=unfinished, ways_on="")
-        return folder, []
+        chosen = checkpoints.resolve(config.resume_from_checkpoint)
+        folder.check(overwrite=folder.status == "unfinished", remedy="")
+        return chosen, []
     notes = []
     if config.resume:
         newest, damaged = checkpoints.newest(output_dir)
-        notes = [f"passed over {folder}: {reason}" for folder, reason in damaged.items()]
+        notes = [f"passed over {path}: {reason}" for path, reason in damaged.items()]
         if newest:
             return newest, [*notes, f"resuming from {newest}"]
         notes.append("--resume: no checkpoint yet; starting fresh")
-    ways_on = "go on with --resume, or start anew with --overwrite"
-    output_folder.check(output_dir, config.overwrite or config.resume, ways_on)
+    remedy = "go on with --resume, or start anew with --overwrite"
+    folder.check(config.overwrite or config.resume, remedy)
     return None, notes

@@ -7,7 +7,7 @@ import struct
 import pytest
 import torch
 import transformers
-from command import run
+from command import error_line, run
 from conftest import as_row
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -60,13 +60,8 @@ def words(command, adapter, tmp_path, data_path, base=None):
 
 
 def refusal(command, *given, code=1):
-    """Return the one line of a command that must be refused before the base is loaded."""
-    result = run(command, *given)
-    assert result.code == code, result
-    lines = [line for line in result.err.splitlines() if not line.startswith("adapter ")]
-    assert len(lines) == 1, result.err
-    assert lines[0].startswith("error: ")
-    return lines[0]
+    """Return the one line of error of a command that must be refused before the base is loaded."""
+    return error_line(run(command, *given), code)
 
 
 # ------------------------------------------------------------------------------------ fifteen and more that are refused

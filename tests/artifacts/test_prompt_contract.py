@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from command import run
+from command import error_line, run
 from conftest import as_row
 
 from lora_alpaca import FinetuneConfig, finetune
@@ -61,12 +61,7 @@ def refused_by_both(adapter, tmp_path):
     """Return the line with which generation and export refuse an adapter, before anything is loaded or written."""
     said = set()
     for verb, words in (("generate", ASK), ("export", ("--output_dir", tmp_path / "merged"))):
-        result = run(verb, "--lora_weights", adapter, *words)
-        assert result.code == 1, result
-        lines = [line for line in result.err.splitlines() if line.startswith("error")]
-        assert len(lines) == 1
-        assert "Traceback" not in result.err
-        said.add(lines[0])
+        said.add(error_line(run(verb, "--lora_weights", adapter, *words), 1))
     assert not (tmp_path / "merged").exists()
     assert len(said) == 1
     return said.pop()

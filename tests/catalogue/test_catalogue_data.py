@@ -12,7 +12,7 @@ import resource
 from pathlib import Path
 
 import pytest
-from command import refused, run
+from command import error_line, refused, run
 from entries import ENTRIES, cases, entry
 from faults import programme
 from forms import FORMS
@@ -268,10 +268,7 @@ def stopped_at_the_model(monkeypatch, data_path, base_model, *flags):
 
 def refused_later(data_path, base_model, *flags):
     """Return the line that refuses what only a tokenizer can tell; something has been said before."""
-    result = finetuned(data_path, base_model, *flags)
-    assert result.code == 2, result
-    assert re.fullmatch("error: .+\n", result.err), result.err
-    return result.err
+    return error_line(finetuned(data_path, base_model, *flags), 2)
 
 
 @entry("A30")

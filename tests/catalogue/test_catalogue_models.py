@@ -17,7 +17,7 @@ from entries import ASK, SHORT, cases, entry, line_of
 from safetensors.torch import load_file, save_file
 
 from lora_alpaca.artifacts import checkpoint
-from lora_alpaca.storage import atomic
+from lora_alpaca.storage.output_folder import OutputFolder
 
 pytestmark = pytest.mark.usefixtures("here")  # an empty folder, where nothing may be written and no model loaded
 
@@ -228,7 +228,7 @@ def test_a_folder_with_the_checkpoints_of_another_run(number, begun, here, tiny_
 @pytest.mark.parametrize("way", ["--resume", "--overwrite"])
 def test_a_folder_that_another_run_is_at_work_in(number, way, begun, model_loads):
     folder, words = begun
-    with atomic.locked(folder):
+    with OutputFolder(folder).locked():
         line = line_of("finetune", *words, way)
     assert f"--output_dir {folder}: " in line
     assert f"process {os.getpid()} on {socket.gethostname()}" in line

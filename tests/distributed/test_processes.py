@@ -19,7 +19,7 @@ from entries import launched
 from faults import kills, rank_faults
 from faults.kills import OPTIONS
 from faults.report import Report
-from faults.running import forked, typed
+from faults.running import Moment, forked, typed
 from faults.scene import Scene
 from faults.signals import judge_end, judge_resumed, too_long, twice
 
@@ -64,7 +64,7 @@ def test_a_signal_from_the_command_line(scene, sent):
     """In the middle of training, with more steps than could be taken by the time."""
     report, options = Report(), {"max_steps": 400, "eval_steps": 400}
     running = typed(scene, scene.fresh("stopped"), **options)
-    assert running.waits_for(lambda running: "step 3/" in running.said())
+    assert running.waits_for(Moment("train", 3).has_come)
     assert running.send(sent)
     ended = running.ended()
     judge_end(report, sent.name, running, ended, sent, 1)
@@ -74,7 +74,7 @@ def test_a_signal_from_the_command_line(scene, sent):
 
 def test_a_signal_while_loading_writes_nothing(scene):
     running = forked(scene, scene.fresh("stopped"))
-    assert running.waits_for(lambda running: running.listens())
+    assert running.waits_for(Moment("load").has_come)
     running.send(signal.SIGTERM)
     ended = running.ended()
     assert (ended.code, ended.said.splitlines()[-1]) == (143, "stopped by SIGTERM: nothing was written")
@@ -91,7 +91,7 @@ def test_a_second_signal_and_a_step_that_takes_too_long(scene):
 
 def test_a_stopped_run_goes_on_to_the_same_bits(scene):
     report, running = Report(), forked(scene, scene.fresh("stopped"))
-    assert running.waits_for(lambda running: "step 5/" in running.said())
+    assert running.waits_for(Moment("train", 5).has_come)
     running.send(signal.SIGTERM)
     ended = running.ended()
     assert ended.code == 143

@@ -10,6 +10,7 @@ from lora_alpaca.artifacts import adapter_folder
 from lora_alpaca.errors import AdapterError, FolderError, ModelError
 from lora_alpaca.models import lora
 from lora_alpaca.storage import atomic, output_folder
+from lora_alpaca.storage.output_folder import OutputFolder
 from lora_alpaca.storage.paths import files_below, sha256
 
 
@@ -134,7 +135,7 @@ def test_overwrite(adapter, tmp_path):
     (tmp_path / "merged" / "notes.txt").write_text("mine")
     export(adapter, tmp_path, overwrite=True)
     assert (tmp_path / "merged" / "notes.txt").read_text() == "mine"
-    assert output_folder.folder_status(tmp_path / "merged") == "finished"
+    assert OutputFolder(tmp_path / "merged").status == "finished"
     assert not (tmp_path / "merged.1").exists()
 
 

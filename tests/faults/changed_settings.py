@@ -19,7 +19,6 @@ from faults.report import Report, chosen
 from faults.scene import Ended, Scene, losses, make_model, make_rows, same, steps
 from lora_alpaca.artifacts.checkpoint import STATE
 from lora_alpaca.planning.plan import Plan
-from lora_alpaca.storage.atomic import LOCK
 from lora_alpaca.storage.output_folder import MANIFEST, RECORD, read_record
 from lora_alpaca.storage.paths import read_json
 
@@ -261,10 +260,10 @@ class _Stage:
         return self.scene.finetune(self.out, before, **options, **more, resume=True)
 
     def contents(self) -> dict[str, Any]:
-        """Return every file of the output folder with its time and hash, but for the lock of the killed process."""
+        """Return every file of the output folder with its time and hash."""
         return {
             str(path): (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest())
-            for path in self.out.rglob("*") if path.is_file() and path.name != LOCK
+            for path in self.out.rglob("*") if path.is_file()
         }  # fmt: skip
 
     def other_model(self, seed: int) -> None:

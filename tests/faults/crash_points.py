@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from faults.operations import Watch, dies_before
+from faults.phases import last_step
 from faults.report import Report, chosen
 from faults.scene import Ended, Scene, hidden, losses, same, steps, whole
 from lora_alpaca.artifacts import checkpoint
 from lora_alpaca.errors import CheckpointError
-from lora_alpaca.storage.atomic import LOCK
-from lora_alpaca.storage.output_folder import MANIFEST, folder_status
+from lora_alpaca.storage.output_folder import MANIFEST, OutputFolder
 
 MODEL = "model.safetensors"
 NOTES = "notes.txt"  # a file of the user's own
@@ -157,7 +157,7 @@ class _Stage:
         except CheckpointError as error:
             return [f"no checkpoint verifies: {error}"]
         step = int(newest.name.removeprefix("checkpoint-")) if newest else 0
-        taken = sum(line.startswith("step ") and "/3 " in line for line in died.said.splitlines())
+        taken = last_step(died.phases)
         return [
             *([f"checkpoint {max(renamed)} is lost, the newest is {step}"] if renamed and step < max(renamed) else []),
             *([f"{taken} steps were taken, and {step} saved"] if taken - step > 1 else []),
@@ -165,7 +165,7 @@ class _Stage:
         ]
 
     def _no_half(self, folder: Path) -> list[str]:
-        return ["finished, but not whole"] if folder_status(folder) == "finished" and not whole(folder) else []
+        return ["finished, but not whole"] if OutputFolder(folder).status == "finished" and not whole(folder) else []
 
     def _notes_and_no_half(self, done: list[Operation], died: Ended) -> list[str]:
         notes = list(self.work.glob(f"*/{NOTES}"))
@@ -210,7 +210,7 @@ class _Stage:
             "it is not whole": not whole(self.out),
             f"checkpoints {steps(self.out)} are left": steps(self.out) != steps(right),
             f"left behind: {hidden(self.out)}": bool(hidden(self.out)),
-            "the lock is left": (self.out / LOCK).exists(),
+            "the lock is left": (self.work / ".out.lock").exists(),
         }
         return [what for what, is_so in wrong.items() if is_so]
 
@@ -222,6 +222,7 @@ class _Stage:
             "the model differs": not same(self.hf, self.kept / "hf", MODEL),
             "it is not whole": not whole(self.hf),
             f"left behind: {hidden(self.work)}": bool(hidden(self.work)),
+            "the lock is left": (self.work / ".hf.lock").exists(),
             "the user's file is lost": bool(kept) and not (self.hf / kept).is_file(),
         }
         return [what for what, is_so in wrong.items() if is_so]

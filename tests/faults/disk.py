@@ -20,7 +20,6 @@ from faults.operations import Before, Watch
 from faults.report import Report, chosen
 from faults.scene import Ended, Scene, hidden, losses, same, whole
 from lora_alpaca.artifacts import checkpoint
-from lora_alpaca.storage.atomic import LOCK
 from lora_alpaca.storage.output_folder import RECORD
 
 SIZES = 20
@@ -93,7 +92,8 @@ def programme(share: float, folder: Path) -> Report:
 
 class _Disk:
     def __init__(self, scene: Scene):
-        self.scene, self.report, self.out = scene, Report(), scene.folder / "out"
+        self.scene, self.report, self.work = scene, Report(), scene.folder / "work"
+        self.out, self.lock = self.work / "out", self.work / ".out.lock"
         self.right, self.begun, self.elsewhere = (scene.folder / name for name in ("right", "begun", "tmp"))
         self.elsewhere.mkdir()
         ended = scene.finetune(self.right)
@@ -170,8 +170,8 @@ class _Disk:
         self.report.expect(limited.code != 0, f"export with limited files: {limited.last()}")
         self._judge_export(hf, export, "export: files too large", limited)
         for name, command, watched, start in (
-            ("run", run, self.out, self._start),
-            ("overwriting run", over, self.out, self._start_over),
+            ("run", run, self.work, self._start),
+            ("overwriting run", over, self.work, self._start_over),
             ("export", export, hf.parent, lambda: shutil.rmtree(hf, ignore_errors=True)),
         ):
             start()
@@ -207,7 +207,7 @@ class _Disk:
     # --------------------------------------------------------------------------------------------- the judgement
 
     def _start(self) -> None:
-        shutil.rmtree(self.out, ignore_errors=True)
+        shutil.rmtree(self.work, ignore_errors=True)
         shutil.copytree(self.begun, self.out)
         shutil.rmtree(self.elsewhere)
         self.elsewhere.mkdir()
@@ -223,7 +223,7 @@ class _Disk:
 
         def begin() -> None:
             tempfile.tempdir = str(self.elsewhere)
-            Watch(self.out, before()).begin()
+            Watch(self.work, before()).begin()
 
         return self.scene.finetune(self.out, begin, resume=True)
 
@@ -249,8 +249,7 @@ class _Disk:
             expect(newest is not None, f"{what}: no checkpoint is whole")
         if not any(kind in what for kind in REMOVALS):  # what cannot be removed stays
             expect(not hidden(out), f"{what}: left behind: {hidden(out)}")
-            may_stay = ended.code == 2  # it has not begun, and the lock is that of the run that was killed
-            expect(may_stay or not (out / LOCK).exists(), f"{what}: the lock is left")
+            expect(not self.lock.exists(), f"{what}: the lock is left")
         gone_on = again() if again else self.scene.finetune(out, resume=True)
         right = gone_on.code == 0 and same(out, self.right) and losses(out) == losses(self.right)
         expect(right, f"{what}: gone on, it comes to something else: {gone_on.last()}")

@@ -20,8 +20,8 @@ import torch
 from lora_alpaca import FinetuneConfig, finetune
 from lora_alpaca.models import lora
 from lora_alpaca.signals import Interrupted
-from lora_alpaca.training.loop import Loop
 
+from .library import RUN, STEP, history, stepper, steps_done, wrap
 from .report import Report, chosen
 from .scene import Scene, forked
 
@@ -81,22 +81,29 @@ class Watched:
 
     def begin(self) -> None:
         """Look at every loop of this process from now on."""
-        run, take = Loop.run, Loop._step
 
-        def watched_run(loop: Loop) -> None:
-            run(loop)
-            self.end = {
-                "adapter": lora.state(loop.learner.model),
-                "moments": loop.learner.optimizer_state(),
-                "losses": [(entry["loss"], entry["grad_norm"]) for entry in loop.progress.history],
-            }
+        def watched_run(run: Any) -> Any:
+            def call(loop: Any) -> Any:
+                result = run(loop)
+                self.end = {
+                    "adapter": lora.state(stepper(loop).model),
+                    "moments": stepper(loop).optimizer_state(),
+                    "losses": [(entry["loss"], entry["grad_norm"]) for entry in history(loop)],
+                }
+                return result
 
-        def watched_step(loop: Loop) -> None:
-            take(loop)
-            if loop.progress.step == self.stops_after:
-                os.kill(os.getpid(), signal.SIGTERM)
+            return call
 
-        Loop.run, Loop._step = watched_run, watched_step  # type: ignore[method-assign]
+        def watched_step(step: Any) -> Any:
+            def call(loop: Any) -> None:
+                step(loop)
+                if steps_done(loop) == self.stops_after:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+            return call
+
+        wrap(RUN, watched_run)
+        wrap(STEP, watched_step)
 
 
 def compare(cases: list[tuple], folder: Path, options: dict[str, Any]) -> None:

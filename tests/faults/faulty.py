@@ -9,14 +9,17 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from lora_alpaca import data
 from lora_alpaca.cli.verbs import main
-from lora_alpaca.engine import Engine
 from lora_alpaca.errors import DataError
-from lora_alpaca.training.step import Stepper
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from faults.library import GRADIENT, LOSS, ROWS, wrap
 
 
 def raises() -> None:
@@ -69,38 +72,49 @@ def happens() -> None:
 
 def put_in(fault: str, number: int) -> None:
     """Let this rank fail in its n-th step."""
-    taken, gradient, loss = 0, Stepper._gradient, Engine.loss
+    taken = 0
 
-    def counted(learner, *args):
-        nonlocal taken
-        taken += 1
-        return gradient(learner, *args)
+    def counted(gradient: Any) -> Any:
+        def call(*args: Any) -> Any:
+            nonlocal taken
+            taken += 1
+            return gradient(*args)
 
-    def faulty(engine, batch):
-        if taken == number and torch.is_grad_enabled():
-            if fault == "nan":
+        return call
+
+    def faulty(loss: Any) -> Any:
+        def call(engine: Any, batch: Any) -> Any:
+            if taken == number and torch.is_grad_enabled():
                 happens()
-                return loss(engine, batch) * float("nan")
+                if fault == "nan":
+                    return loss(engine, batch) * float("nan")
+                FAULTS[fault]()
+            return loss(engine, batch)
+
+        return call
+
+    def other_rows(init: Any) -> Any:
+        def call(rows: Any, *args: Any, **options: Any) -> None:
             happens()
-            FAULTS[fault]()
-        return loss(engine, batch)
+            init(rows, *args, **options)
+            rows.digest = "0" * 64
 
-    def other_rows(rows, *args, **options):
-        happens()
-        init(rows, *args, **options)
-        rows.digest = "0" * 64
+        return call
 
-    def early(*args, **options):
-        happens()
-        finds_a_bad_row()
+    def early(init: Any) -> Any:
+        def call(*args: Any, **options: Any) -> None:
+            happens()
+            finds_a_bad_row()
+
+        return call
 
     if fault == "early":  # before the ranks have met
-        data.Rows.__init__ = early
+        wrap(ROWS, early)
     elif fault == "rows":
-        init, data.Rows.__init__ = data.Rows.__init__, other_rows
+        wrap(ROWS, other_rows)
     else:
-        Stepper._gradient = counted
-        Engine.loss = faulty
+        wrap(GRADIENT, counted)
+        wrap(LOSS, faulty)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,13 @@ end as the one that was never killed, to the bit, and may repeat no more steps t
 """
 
 import random
-import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
+from .phases import PHASES, first_step, last_phase, last_step
 from .report import Report, chosen
-from .running import PHASES, Moment, Running, forked, last_step, moments, phase, typed
+from .running import Moment, Running, forked, moments, typed
 from .scene import Ended, Scene, losses, same
 
 NUMBERS = list(range(1000))
@@ -37,7 +37,7 @@ def some(numbers: list[int], folder: Path) -> Report:
     whole = uninterrupted(scene)
     times = {}
     for begin in (forked, typed):
-        times[begin] = by_phase(moments(begin(scene, scene.fresh("measured")), scene.options))
+        times[begin] = by_phase(moments(begin(scene, scene.fresh("measured"))))
     for place, number in enumerate(numbers):
         begin, name = (forked, "copies") if place % REAL else (typed, "real processes")
         chance, first = random.Random(number), None
@@ -45,11 +45,11 @@ def some(numbers: list[int], folder: Path) -> Report:
             out = scene.fresh("killed")
             first = killed(report, lambda begin=begin, out=out: begin(scene, out), times[begin], chance)
         report.count(f"kills of {name}")
-        step = last_step(first.said)
+        step = last_step(first.phases)
         if chance.random() < AGAIN:
             again = killed(report, lambda out=out: forked(scene, out, resume=True), times[forked], chance)
             report.count("kills of resumed runs", int(again is not None))
-            step = max(step, last_step(again.said if again else ""))
+            step = max(step, last_step(again.phases if again else []))
         judge(report, f"kill {number}", whole, forked(scene, out, resume=True), step)
     return report
 
@@ -66,7 +66,7 @@ def chaos(times: int, folder: Path) -> Report:
         moment = Moment("train", step + chance.randint(1, 4), 0.01)  # a step that a resumed run is sure to take
         ended = killed(report, lambda: forked(scene, out, resume=True), {"train": [moment]}, chance)
         report.expect(ended is not None, f"chaos: kill {number} came when the run was over")
-        step = max(step, last_step(ended.said if ended else ""))
+        step = max(step, last_step(ended.phases if ended else []))
     report.count("kills of one run", times)
     judge(report, "chaos", whole, forked(scene, out, resume=True), step)
     return report
@@ -101,7 +101,7 @@ def killed(
         report.expect(ended.code == 0, f"a run that nothing had killed ended with {ended.code}: {ended.last()}")
         return None
     report.count("kills")
-    report.count(f"killed in: {phase(running.out, ended.said, running.options)}")
+    report.count(f"killed in: {last_phase(ended.phases)}")
     return ended
 
 
@@ -114,7 +114,6 @@ def judge(report: Report, case: str, whole: Path, running: Running, step: int) -
     elif not (same(whole, running.out) and losses(whole) == losses(running.out)):
         report.count("different")
         report.failures.append(f"{case}: it ended in another adapter, or with other losses")
-    resumed = re.search(r"^resuming from .*checkpoint-(\d+)$", ended.said, re.MULTILINE)
-    if "already finished" not in ended.said:
-        repeated = step - (int(resumed[1]) if resumed else 0)
+    if (begun := first_step(ended.phases)) is not None:
+        repeated = step - begun
         report.expect(repeated <= running.options["save_steps"], f"{case}: {repeated} steps were repeated")

@@ -6,13 +6,14 @@ of a gradient and a moved random state behind too.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from faults.library import LOSS, STEP, steps_done, tokens, wrap
 from faults.report import Report, chosen
 from faults.scene import Scene, losses, same
 from lora_alpaca.artifacts.checkpoint import STATE
-from lora_alpaca.engine import Engine
 from lora_alpaca.storage.paths import read_json
 
 ERRORS: dict[str, Exception] = {
@@ -32,27 +33,31 @@ PADDED = {"engine": "padded", "micro_batch_size": 4}
 FITS = {"packed": (130, "token_budget", 128), "padded": (70, "micro_batch_size", 2)}
 
 
-def short_above(tokens: int, error: Exception, first_step: int = 1, training: bool = True) -> Callable[[], None]:
+def short_above(most: int, error: Exception, first_step: int = 1, training: bool = True) -> Callable[[], None]:
     """Return what lets this process have memory for so many tokens at once, from a step on or in validation."""
 
     def begin() -> None:
-        from lora_alpaca.training.loop import Loop
+        number = 0
 
-        compute, step = Engine.loss, Loop._step
-        number = [0]
+        def short(compute: Any) -> Any:
+            def loss(engine: Any, batch: Any) -> torch.Tensor:
+                now = torch.is_grad_enabled() == training and number >= first_step
+                if now and tokens(batch) > most:
+                    raise error
+                return compute(engine, batch)
 
-        def loss(engine: Engine, batch: object) -> torch.Tensor:
-            size = batch.input_ids.numel()  # type: ignore[attr-defined]
-            now = torch.is_grad_enabled() == training and number[0] >= first_step
-            if now and size > tokens:
-                raise error
-            return compute(engine, batch)  # type: ignore[arg-type]
+            return loss
 
-        def counted(loop: Loop) -> None:
-            number[0] = loop.progress.step + 1
-            step(loop)
+        def counted(step: Any) -> Any:
+            def call(loop: Any) -> None:
+                nonlocal number
+                number = steps_done(loop) + 1
+                step(loop)
 
-        Engine.loss, Loop._step = loss, counted  # type: ignore
+            return call
+
+        wrap(LOSS, short)
+        wrap(STEP, counted)
 
     return begin
 
@@ -71,9 +76,9 @@ def programme(share: float, folder: Path) -> Report:
     ]  # fmt: skip
     for engine, name, step, training in chosen(cases, share):
         options = PACKED if engine == "packed" else PADDED
-        tokens, size, left = FITS[engine]
+        fits, size, left = FITS[engine]
         what = f"{name}, {engine}, from step {step}{'' if training else ', in validation'}"
-        fault = short_above(tokens if training else 70, ERRORS[name], step, training)
+        fault = short_above(fits if training else 70, ERRORS[name], step, training)
 
         report.count("memory")
         ended = scene.finetune(scene.fresh(), fault, **options)

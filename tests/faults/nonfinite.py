@@ -7,19 +7,19 @@ import math
 import os
 import re
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from faults.library import BACKWARD, BATCHES, LOSS, MAKE_WORLD, STEP, VALIDATE, stepper, steps_done, wrap
+from faults.phases import last_step
 from faults.report import Report, chosen
 from faults.scene import Ended, Scene, losses, same, steps, tensors
 from lora_alpaca.artifacts import checkpoint
-from lora_alpaca.distributed.world import World
-from lora_alpaca.engine import Engine, Packed
-from lora_alpaca.training.loop import MOST_OVERFLOWS, MOST_SKIPPED, Loop
-from lora_alpaca.training.step import Stepper
+from lora_alpaca.training.loop import MOST_OVERFLOWS, MOST_SKIPPED
 
 STEPS = 5
 VALUES = (math.nan, math.inf, -math.inf)
@@ -27,22 +27,24 @@ OF_STEP = ("loss", "row", "gradient", "base weight", "adapter weight")  # the er
 KINDS = (*OF_STEP, "moment", "validation")
 
 
-def in_step(numbers: set[int], put: Callable[[Stepper], Any]) -> None:
-    """Let `put` be called with the learner at the beginning of some steps, counted from 1."""
-    own = Loop._step
+def in_step(numbers: set[int], put: Callable[[Any], Any]) -> None:
+    """Let `put` be called with the stepper at the beginning of some steps, counted from 1."""
 
-    def step(loop: Loop) -> None:
-        undo = put(loop.learner) if loop.progress.step + 1 in numbers else None
-        state = [parameter.detach().clone() for parameter in loop.learner.parameters]
-        try:
-            own(loop)
-        finally:
-            if undo is not None:
-                undo()
-                moved = any(map(_differ, state, loop.learner.parameters))
-                print(f"moved by the fault: {moved}", flush=True)
+    def around(own: Any) -> Any:
+        def step(loop: Any) -> None:
+            undo = put(stepper(loop)) if steps_done(loop) + 1 in numbers else None
+            state = [parameter.detach().clone() for parameter in stepper(loop).parameters]
+            try:
+                own(loop)
+            finally:
+                if undo is not None:
+                    undo()
+                    moved = any(map(_differ, state, stepper(loop).parameters))
+                    print(f"moved by the fault: {moved}", flush=True)
 
-    Loop._step = step  # type: ignore[method-assign]
+        return step
+
+    wrap(STEP, around)
 
 
 def _differ(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -52,20 +54,15 @@ def _differ(one: torch.Tensor, other: torch.Tensor) -> bool:
 def put_in(kind: str, value: float, numbers: set[int]) -> Callable[[], None]:
     """Return what puts a value into the loss, the gradient, ... of some steps of the run of this process."""
 
-    def patched(owner: Any, name: str, function: Any) -> Callable[[], None]:
-        own = getattr(owner, name)
-        setattr(owner, name, function(own))
-        return lambda: setattr(owner, name, own)
+    def loss(stepper: Any) -> Callable[[], None]:
+        return wrap(LOSS, lambda own: lambda engine, batch: own(engine, batch) * value)
 
-    def loss(learner: Stepper) -> Callable[[], None]:
-        return patched(Engine, "loss", lambda own: lambda engine, batch: own(engine, batch) * value)
-
-    def row(learner: Stepper) -> Callable[[], None]:
+    def row(stepper: Any) -> Callable[[], None]:
         """One row alone: the first that is computed in the step."""
         held, poisoned = [False], []
 
         def batches(own: Any) -> Any:
-            def changed(engine: Engine, examples: Any, *more: Any) -> Any:
+            def changed(engine: Any, examples: Any, *more: Any) -> Any:
                 rows = [example.ids.tolist() for example in examples]
                 poisoned.append(rows[0]) if not poisoned else None
                 held[0] = poisoned[0] in rows
@@ -73,21 +70,19 @@ def put_in(kind: str, value: float, numbers: set[int]) -> Callable[[], None]:
 
             return changed
 
-        undo = patched(Packed, "batches", batches)
-        undo_loss = patched(
-            Engine, "loss", lambda own: lambda engine, batch: own(engine, batch) * (value if held[0] else 1.0)
-        )
+        undo = wrap(BATCHES, batches)
+        undo_loss = wrap(LOSS, lambda own: lambda engine, batch: own(engine, batch) * (value if held[0] else 1.0))
         return lambda: (undo(), undo_loss())  # type: ignore[return-value]
 
-    def gradient(learner: Stepper) -> Callable[[], None]:
+    def gradient(stepper: Any) -> Callable[[], None]:
         def changed(own: Any) -> Any:
-            def backward(ranks: World, part: torch.Tensor) -> None:
-                own(ranks, part)
-                learner.parameters[0].grad.view(-1)[0] = value  # type: ignore[union-attr]
+            def backward(world: Any, part: torch.Tensor) -> None:
+                own(world, part)
+                stepper.parameters[0].grad.view(-1)[0] = value
 
             return backward
 
-        return patched(World, "backward", changed)
+        return wrap(BACKWARD, changed)
 
     def weight(parameter: torch.Tensor) -> Callable[[], None]:
         flat = parameter.data.view(-1)
@@ -95,15 +90,15 @@ def put_in(kind: str, value: float, numbers: set[int]) -> Callable[[], None]:
         flat[0] = value
         return lambda: flat.__setitem__(0, before if kind == "base weight" else value)
 
-    def base_weight(learner: Stepper) -> Callable[[], None]:
-        frozen = [parameter for parameter in learner.model.parameters() if not parameter.requires_grad]
+    def base_weight(stepper: Any) -> Callable[[], None]:
+        frozen = [parameter for parameter in stepper.model.parameters() if not parameter.requires_grad]
         return weight(frozen[-1])
 
-    def adapter_weight(learner: Stepper) -> Callable[[], None]:
-        return weight(learner.parameters[0])
+    def adapter_weight(stepper: Any) -> Callable[[], None]:
+        return weight(stepper.parameters[0])
 
-    def moment(learner: Stepper) -> Callable[[], None]:
-        for state in learner.optimizer.state.values():
+    def moment(stepper: Any) -> Callable[[], None]:
+        for state in stepper.optimizer.state.values():
             state["exp_avg"].view(-1)[0] = value
         return lambda: None
 
@@ -114,21 +109,18 @@ def put_in(kind: str, value: float, numbers: set[int]) -> Callable[[], None]:
     return lambda: in_step(numbers, puts[kind])
 
 
-def validation(value: float, number: int) -> Callable[[], None]:
+def validation(value: float, number: int) -> Callable[[], Any]:
     """Return what puts a value into the validation after a step."""
 
-    def begin() -> None:
-        own = Loop._validate
-
-        def validate(loop: Loop) -> None:
-            if loop.progress.step == number:
-                compute = Engine.loss
-                Engine.loss = lambda engine, batch: compute(engine, batch) * value  # type: ignore
+    def around(own: Any) -> Any:
+        def validate(loop: Any) -> None:
+            if steps_done(loop) == number:
+                wrap(LOSS, lambda compute: lambda engine, batch: compute(engine, batch) * value)
             own(loop)
 
-        Loop._validate = validate  # type: ignore[method-assign]
+        return validate
 
-    return begin
+    return partial(wrap, VALIDATE, around)
 
 
 class Scaler:
@@ -156,19 +148,17 @@ class Scaler:
         self.scale, self.calls = state["scale"], state["calls"]
 
 
-def overflowing(numbers: set[int]) -> Callable[[], None]:
+def overflowing(numbers: set[int]) -> Callable[[], Any]:
     """Return what gives the run of this process a scaler that overflows in some steps."""
 
-    def begin() -> None:
-        own = World.__init__
+    def around(own: Any) -> Any:
+        def init(world: Any, *more: Any) -> None:
+            own(world, *more)
+            world.scaler = Scaler(numbers)
 
-        def init(ranks: World, *more: Any) -> None:
-            own(ranks, *more)
-            ranks.scaler = Scaler(numbers)
+        return init
 
-        World.__init__ = init  # type: ignore[method-assign]
-
-    return begin
+    return partial(wrap, MAKE_WORLD, around)
 
 
 def programme(share: float, folder: Path) -> Report:
@@ -212,7 +202,7 @@ class _Trials:
         ended = self.scene.finetune(self.scene.fresh(), before)
         step, line = self.newest(what), ended.error()
         expect(ended.code == 1 and bool(line), f"{what}: ended with {ended.code}: {ended.last()}")
-        expect(f"\nstep {number + 1}/" not in ended.said, f"{what}: not stopped within one step")
+        expect(last_step(ended.phases) <= number, f"{what}: not stopped within one step")
         if kind in OF_STEP:
             expect(f"step {number}: the " in line and "training rows " in line, f"{what}: {line}")
             expect("moved by the fault: False" in ended.said, f"{what}: something moved")
@@ -262,7 +252,7 @@ class _Trials:
 
         def killed() -> None:
             many()
-            in_step({30}, lambda learner: os._exit(9))
+            in_step({30}, lambda stepper: os._exit(9))
 
         died = self.scene.finetune(self.scene.fresh(), killed, **long)
         self.report.expect(died.code == 9 and steps(self.out) == [20], f"overflows: not killed: {died.last()}")

@@ -15,8 +15,9 @@ import psutil
 from lora_alpaca.artifacts import checkpoint
 
 from .kills import OPTIONS
+from .phases import last_step
 from .report import Report, chosen
-from .running import PATIENCE, Running, last_step, torchrun
+from .running import PATIENCE, Running, torchrun
 from .scene import Scene, steps
 
 STEP = 6  # in which it happens: the one before was finished
@@ -77,7 +78,7 @@ def judge(report: Report, case: str, running: Running, wanted: str, fault: str) 
     for pid in left:
         psutil.Process(pid).send_signal(signal.SIGKILL)
     report.expect(not left, f"{case}: {len(left)} processes were left")
-    done = last_step(ended.said)
+    done = last_step(ended.phases)
     newest = max(steps(running.out), default=0)
     lives = "error: rank 0: rank" in ended.said  # the rank that writes
     report.expect(

@@ -2,13 +2,13 @@
 
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ import psutil
 from conftest import ROOT
 
 from lora_alpaca.cli.verbs import main
-from lora_alpaca.storage import output_folder
 
-from .scene import Ended, Scene, steps
+from .phases import PHASES, TRACE, Entry, read
+from .scene import Ended, Scene, trace_of
 from .scene import copied as process_of
 
 FAULTY = Path(__file__).with_name("faulty.py")
@@ -34,20 +34,15 @@ class Running:
     log: Path
     out: Path
     options: dict[str, Any]
-    begun: float = field(default_factory=time.monotonic)
     code: int | None = None
 
     def said(self) -> str:
         """Return everything it has said so far."""
         return self.log.read_text(errors="replace")
 
-    def listens(self) -> bool:
-        """Return whether its handler of signals is in place: before, Python's own would end it."""
-        try:
-            caught = Path(f"/proc/{self.process.pid}/status").read_text().partition("SigCgt:")[2].split()[0]
-        except (OSError, IndexError):
-            return False
-        return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
+    def phases(self) -> list[Entry]:
+        """Return the phases that it has noted so far."""
+        return read(trace_of(self.log))
 
     def over(self) -> bool:
         """Return whether it has ended."""
@@ -81,7 +76,7 @@ class Running:
                 process.kill()
             os.waitpid(self.process.pid, 0)
             self.code = -999
-        return Ended(self.code, self.said())
+        return Ended(self.code, self.said(), self.phases())
 
 
 def forked(scene: Scene, out: Path, before: Callable[[], Any] | None = None, **options: Any) -> Running:
@@ -117,8 +112,9 @@ def torchrun(scene: Scene, out: Path, fault: tuple[str, int, int] | None = None,
 def _begun(scene: Scene, out: Path, command: list[str], options: dict[str, Any]) -> Running:
     command = [*command, *_words(scene, out, options)]
     log = scene.folder / f"{out.name}.said"
+    trace_of(log).write_text("")
     with log.open("w") as told:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", TRACE: str(trace_of(log))}
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=told, stderr=told, env=environment, start_new_session=True
         )
@@ -134,36 +130,10 @@ def _words(scene: Scene, out: Path, options: dict[str, Any]) -> list[str]:
 
 # ---------------------------------------------------------------------------------------------------------- moments
 
-PHASES = ("load", "train", "validate", "save", "rotate", "final save")
-
-
-def last_step(said: str) -> int:
-    """Return the last step that a run says it has finished."""
-    return max(map(int, re.findall(r"^step (\d+)/", said, re.MULTILINE)), default=0)
-
-
-def phase(out: Path, said: str, options: dict[str, Any]) -> str:
-    """Return what a process was doing when it died, from what it said and what lies in its folder."""
-    done = last_step(said)
-    if "validation loss" not in said and not done:
-        return "load"
-    if output_folder.read_record(out).get("status") == "finished":
-        return "end"
-    if (out / ".final.partial").exists() or (out / "adapter_model.safetensors").exists():
-        return "final save"
-    if any(out.glob(".checkpoint-*.removed")) or len(steps(out)) > options["save_total_limit"]:
-        return "rotate"
-    if any(out.glob(".checkpoint-*.partial")):
-        return "save"
-    due = done and (done % options["eval_steps"] == 0 or done == options["max_steps"])
-    if due and not re.search(rf"^validation loss .* at step {done}\b", said, re.MULTILINE):
-        return "validate"
-    return "train"
-
 
 @dataclass(frozen=True)
 class Moment:
-    """A phase of a run, after so many steps: what shows that it has begun, and how long it takes."""
+    """A phase of a run after so many finished steps, and how long it takes."""
 
     phase: str
     step: int = 0
@@ -171,18 +141,7 @@ class Moment:
 
     def has_come(self, running: Running) -> bool:
         """Return whether the phase has begun."""
-        out, step = running.out, self.step
-        match self.phase:
-            case "load":
-                return running.listens()
-            case "train" | "validate":
-                return f"step {step}/" in running.said() if step else "before the first step" in running.said()
-            case "save":
-                return (out / f".checkpoint-{step}.partial").exists()
-            case "rotate":
-                return (out / f"checkpoint-{step}").exists()
-            case _:
-                return (out / ".final.partial").exists()
+        return any((entry.phase, entry.step) == (self.phase, self.step) for entry in running.phases())
 
     def strike(self, running: Running, chance: random.Random, number: int = signal.SIGKILL) -> bool:
         """Send a signal somewhere in this phase; return whether the process was still there."""
@@ -192,18 +151,7 @@ class Moment:
         return running.send(number)
 
 
-def moments(running: Running, options: dict[str, Any]) -> list[Moment]:
-    """Return the moments of a run that has just begun and is let go on to its end, each with its length."""
-    last, keep = options["max_steps"], options["save_total_limit"]
-    order = [Moment("load"), Moment("train")]
-    for step in range(1, last + 1):
-        validates = step % options["eval_steps"] == 0 or step == last
-        saves = step % options["save_steps"] == 0 and step < last
-        order += [Moment("validate", step)] * validates + [Moment("save", step)] * saves
-        order += [Moment("rotate", step)] * (saves and step // options["save_steps"] > keep)
-        order += [Moment("train", step)] * (not validates and not saves)
-    order.append(Moment("final save"))
-    begun = {moment: time.monotonic() for moment in order if running.waits_for(moment.has_come)}
-    running.ended()
-    times = [running.begun, *list(begun.values())[1:], time.monotonic()]
-    return [replace(moment, seconds=times[n + 1] - times[n]) for n, moment in enumerate(begun)]
+def moments(running: Running) -> list[Moment]:
+    """Return the phases of a run, which is let go on to its end."""
+    noted = pairwise(running.ended().phases)
+    return [Moment(entry.phase, entry.step, after.time - entry.time) for entry, after in noted if entry.phase in PHASES]

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from command import error_in
 from conftest import ARCHITECTURES, _save_sentencepiece
 from safetensors.torch import load_file
 
@@ -21,33 +22,41 @@ from lora_alpaca.cli.verbs import main
 from lora_alpaca.storage.output_folder import MANIFEST, RECORD
 from lora_alpaca.storage.paths import read_json
 
+from .phases import Entry, note, read
+
 PATIENCE = 120  # seconds for one command
 ADAPTER = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended: its exit code (-n after signal n, -999 after it was waited for in vain) and all it said."""
+    """How a command ended: its exit code (-n after signal n, -999 after a timeout), its output, and its phases."""
 
     code: int
     said: str
+    phases: list[Entry]
 
     def error(self) -> str:
         """Return its one line of error; a traceback, or more or fewer than one such line, is none."""
-        lines = [line for line in self.said.splitlines() if line.startswith("error: ")]
-        return lines[0] if len(lines) == 1 and "Traceback" not in self.said else ""
+        return error_in(self.said)
 
     def last(self) -> str:
         """Return its last words, for a failure's line."""
         return " | ".join(self.said.strip().splitlines()[-3:])[-300:]
 
 
+def trace_of(log: Path) -> Path:
+    """Return where a process with this log notes its phases; both are emptied before it begins."""
+    return log.with_suffix(".phases")
+
+
 def copied(work: Callable[[], None], log: Path) -> int:
     """Begin some work in a copy of this process and return its number; SystemExit gives its exit code, an error 70.
 
-    What it says goes to the end of `log`, which is emptied first.
+    Its output goes to `log`.
     """
     log.write_text("")
+    trace_of(log).write_text("")
     sys.stdout.flush()
     sys.stderr.flush()
     process = os.fork()
@@ -60,6 +69,7 @@ def copied(work: Callable[[], None], log: Path) -> int:
         os.dup2(told, 1)
         os.dup2(told, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+        note(trace_of(log))
         work()
         code = 0
     except SystemExit as stop:
@@ -78,11 +88,12 @@ def forked(work: Callable[[], None], log: Path, patience: float = PATIENCE) -> E
     while True:
         done, status = os.waitpid(process, os.WNOHANG)
         if done:
-            return Ended(os.waitstatus_to_exitcode(status), log.read_text(errors="replace") if log.exists() else "")
+            said = log.read_text(errors="replace") if log.exists() else ""
+            return Ended(os.waitstatus_to_exitcode(status), said, read(trace_of(log)))
         if time.monotonic() > until:
             os.kill(process, signal.SIGKILL)
             os.waitpid(process, 0)
-            return Ended(-999, f"no end after {patience} s: {log.read_text(errors='replace')}")
+            return Ended(-999, f"no end after {patience} s: {log.read_text(errors='replace')}", [])
         time.sleep(pause)
         pause = min(0.02, pause * 1.5)
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from lora_alpaca import signals
 from lora_alpaca.artifacts import checkpoint
-from lora_alpaca.engine import Engine
 
 from .kills import OPTIONS, by_phase, uninterrupted
+from .library import LOSS, wrap
+from .phases import last_step
 from .report import Report, chosen
-from .running import Running, forked, last_step, moments, torchrun, typed
+from .running import Moment, Running, forked, moments, torchrun, typed
 from .scene import Ended, Scene, losses, same, whole
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -31,7 +32,7 @@ def programme(share: float, folder: Path) -> Report:
         begin = {1: torchrun, 4: typed}.get(place % 6, forked)
         if begin not in times:
             measured = scene.fresh(f"measured by {begin.__name__}")
-            times[begin] = by_phase(moments(begin(scene, measured), scene.options))
+            times[begin] = by_phase(moments(begin(scene, measured)))
         chance, ended = random.Random(number), None
         while ended is None:  # until it was there to get it
             running = begin(scene, scene.fresh("stopped"))
@@ -67,7 +68,7 @@ def judge_end(report: Report, case: str, running: Running, ended: Ended, sent: s
     named = len(found) == ranks and all(name == sent.name for _, name, _ in found)
     report.expect(named, f"{case}: it said {found or ended.said[-600:]}")
     report.expect("Traceback" not in ended.said or ranks > 1, f"{case}: a traceback")
-    step = last_step(ended.said)
+    step = last_step(ended.phases)
     for rank, _, said in found:
         saved = SAVED.search(said)
         if "the run was at its end" in said:
@@ -91,17 +92,20 @@ def judge_resumed(report: Report, case: str, reference: Path, resumed: Running) 
 
 def slow_step(number: int, seconds: float) -> None:
     """Let the n-th loss that is computed take long; called in the process of a run."""
-    loss, computed = Engine.loss, 0
+    computed = 0
 
-    def slow(engine, batch):
-        nonlocal computed
-        if engine.model.training:
-            computed += 1
-            if computed == number:
-                time.sleep(seconds)
-        return loss(engine, batch)
+    def around(loss):
+        def slow(engine, batch):
+            nonlocal computed
+            if engine.model.training:
+                computed += 1
+                if computed == number:
+                    time.sleep(seconds)
+            return loss(engine, batch)
 
-    Engine.loss = slow
+        return slow
+
+    wrap(LOSS, around)
 
 
 def twice(report: Report, scene: Scene, reference: Path) -> None:
@@ -109,7 +113,7 @@ def twice(report: Report, scene: Scene, reference: Path) -> None:
     for number, (first, second) in enumerate(zip(SIGNALS, SIGNALS[1:] + SIGNALS[:1], strict=True)):
         case = f"{first.name}, then {second.name}"
         running = forked(scene, scene.fresh("stopped"), lambda: slow_step(6, 60))
-        running.waits_for(lambda running: "step 5/" in running.said())
+        running.waits_for(Moment("train", 5).has_come)
         time.sleep(0.3)
         running.send(first)
         time.sleep(0.3 + 0.1 * number)
@@ -132,7 +136,7 @@ def too_long(report: Report, scene: Scene, reference: Path) -> None:
 
     for sent in SIGNALS:
         running = forked(scene, scene.fresh("stopped"), before)
-        running.waits_for(lambda running: "step 5/" in running.said())
+        running.waits_for(Moment("train", 5).has_come)
         time.sleep(0.3)
         running.send(sent)
         ended = running.ended(30)
@@ -147,7 +151,7 @@ def too_long(report: Report, scene: Scene, reference: Path) -> None:
 def paused(report: Report, scene: Scene, reference: Path) -> None:
     """A run that is stopped and continued (SIGSTOP, SIGCONT) goes on as if nothing had been."""
     running = forked(scene, scene.fresh("stopped"))
-    running.waits_for(lambda running: "step 2/" in running.said())
+    running.waits_for(Moment("train", 2).has_come)
     running.send(signal.SIGSTOP)
     time.sleep(1)
     running.send(signal.SIGCONT)

@@ -31,30 +31,20 @@ def groups(tmp_path, monkeypatch):
     return write
 
 
-def of_version_2(limit, used, cached=0):
+def limits(limit, used, cached=0):
     return {"memory.max": limit, "memory.current": used, "memory.stat": f"anon 1\ninactive_file {cached}"}
-
-
-def of_version_1(limit, used, cached=0):
-    stat = f"inactive_file 7\ntotal_inactive_file {cached}"
-    return {"memory.limit_in_bytes": limit, "memory.usage_in_bytes": used, "memory.stat": stat}
-
-
-OWN_1 = "9:cpu:/\n4:memory:/docker/abc\n0::/\n"
 
 
 @pytest.mark.parametrize(
     ("own", "files", "left"),
     [
-        ("0::/\n", {"": of_version_2(8 * GB, 3 * GB)}, (5 * GB, 8 * GB)),  # a container
-        ("0::/\n", {"": of_version_2(8 * GB, 3 * GB, cached=GB)}, (6 * GB, 8 * GB)),
-        ("0::/job/1\n", {"job/1": of_version_2("max", GB), "job": of_version_2(4 * GB, GB)}, (3 * GB, 4 * GB)),
-        (OWN_1, {"memory": of_version_1(8 * GB, 3 * GB, cached=GB)}, (6 * GB, 8 * GB)),  # its name is the host's
-        (OWN_1, {"memory/docker/abc": of_version_1(2 * GB, GB)}, (GB, 2 * GB)),
-        (OWN_1, {"memory": of_version_1(9223372036854771712, 3 * GB)}, (20 * GB, 24 * GB)),  # no limit
-        ("0::/\n", {"": of_version_2("max", 3 * GB)}, (20 * GB, 24 * GB)),
+        ("0::/\n", {"": limits(8 * GB, 3 * GB)}, (5 * GB, 8 * GB)),  # a container
+        ("0::/\n", {"": limits(8 * GB, 3 * GB, cached=GB)}, (6 * GB, 8 * GB)),
+        ("0::/job/1\n", {"job/1": limits("max", GB), "job": limits(4 * GB, GB)}, (3 * GB, 4 * GB)),
+        ("0::/\n", {"": limits("max", 3 * GB)}, (20 * GB, 24 * GB)),
+        ("9:cpu:/\n4:memory:/abc\n0::/\n", {"": limits(8 * GB, 3 * GB)}, (5 * GB, 8 * GB)),  # the two versions at once
         ("0::/\n", {}, (20 * GB, 24 * GB)),
-        ("0::/\n", {"": of_version_2(23 * GB, GB)}, (20 * GB, 23 * GB)),  # others on the machine hold the rest
+        ("0::/\n", {"": limits(23 * GB, GB)}, (20 * GB, 23 * GB)),  # others on the machine hold the rest
     ],
 )
 def test_a_limit_is_what_there_is(groups, own, files, left):
@@ -67,5 +57,5 @@ def test_another_system_has_no_groups(groups):
 
 
 def test_the_sentence_of_a_run_that_is_out_of_memory(groups):
-    groups("0::/\n", {"": of_version_2(8 * GB, 3 * GB)})
+    groups("0::/\n", {"": limits(8 * GB, 3 * GB)})
     assert memory.describe_free(CPU) == "5.0 of 8.0 GB are free"

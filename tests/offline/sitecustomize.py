@@ -1,11 +1,13 @@
-"""Refuse every connection that leaves this machine.
+"""Refuse every connection that leaves this machine; note the phases of a run where tests/faults asks for it.
 
 Python imports this module at its start, where it is found: tests/conftest.py puts the folder on PYTHONPATH, so that
 each script, worker and server which a test starts is as offline as the tests themselves.
 """
 
 import errno
+import os
 import sys
+from pathlib import Path
 
 LOCAL = {"localhost", "::1", "::", "0.0.0.0"}
 
@@ -25,3 +27,8 @@ def refuse(event: str, args: tuple[object, ...]) -> None:
 
 
 sys.addaudithook(refuse)
+if trace := os.environ.get("LORA_ALPACA_TESTS_TRACE"):  # see faults/phases.py
+    sys.path.append(str(Path(__file__).parent.parent))
+    from faults.phases import WhenImported
+
+    sys.meta_path.insert(0, WhenImported(trace))

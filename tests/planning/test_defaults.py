@@ -13,6 +13,7 @@ from lora_alpaca.models.base import Path, demo_base
 from lora_alpaca.models.device import choose_device
 from lora_alpaca.planning.plan import resolve
 from lora_alpaca.storage import atomic, output_folder
+from lora_alpaca.storage.output_folder import OutputFolder
 
 SHORT = ["--max_steps", "1", "--batch_size", "2", "--val_set_size", "2", "--cutoff_len", "96"]
 ASK = ["--instruction", "Hello.", "--max_new_tokens", "2", "--temperature", "0"]
@@ -125,11 +126,7 @@ def test_three_rows_are_enough(tmp_path):
 def test_a_finished_run_in_the_way_is_set_aside(train):
     assert train().code == 0
     assert "they are now in" in train().out
-    assert (
-        output_folder.folder_status(Path("lora-alpaca"))
-        == output_folder.folder_status(Path("lora-alpaca.1"))
-        == "finished"
-    )
+    assert {OutputFolder(Path(name)).status for name in ("lora-alpaca", "lora-alpaca.1")} == {"finished"}
 
 
 def test_an_unfinished_run_in_the_way_is_refused_with_the_two_ways_on(train):

@@ -72,9 +72,9 @@ def gradients(folder, rows, micro_batch_size, token_budget=None, **options):
         model = with_adapter(folder, world.spec, **options)
         context = packed(model, token_budget) if token_budget else nullcontext((padded(model, micro_batch_size), []))
         with context as (engine, _):
-            learner, kept = stepper(engine, world, max_grad_norm=0.0, **options), []
-            learner.optimizer.step = lambda: kept.extend(p.grad.flatten().clone() for p in learner.parameters)
-            step = learner.step(examples, 0.0)
+            stepper, kept = stepper(engine, world, max_grad_norm=0.0, **options), []
+            stepper.optimizer.step = lambda: kept.extend(p.grad.flatten().clone() for p in stepper.parameters)
+            step = stepper.step(examples, 0.0)
     return torch.cat(kept), step.loss
 
 
@@ -139,13 +139,13 @@ def test_a_loss_that_is_not_finite_moves_nothing(tiny_llama, rows):
     config = FinetuneConfig(**OPTIONS)
     with World(config) as world:
         model = with_adapter(tiny_llama, world.spec)
-        learner = stepper(padded(model, 2), world)
+        stepper = stepper(padded(model, 2), world)
         before = lora.state(model)
         model.get_output_embeddings().weight.data[0] = float("nan")
-        assert not learner.step([Example([1, 5, 6], [(1, 3)])], 1e-3).finite
+        assert not stepper.step([Example([1, 5, 6], [(1, 3)])], 1e-3).finite
         after = lora.state(model)
         with pytest.raises(TrainingError, match="the validation loss is nan"):
-            learner.evaluate([Example([1, 5, 6], [(1, 3)])])
+            stepper.evaluate([Example([1, 5, 6], [(1, 3)])])
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
@@ -165,10 +165,10 @@ def test_optimizer_state_comes_back(tiny_llama, rows):
     config = FinetuneConfig(**OPTIONS)
     with World(config) as world:
         model = with_adapter(tiny_llama, world.spec)
-        learner = stepper(padded(model, 2), world)
-        learner.step([Example([1, 5, 6], [(1, 3)])], 1e-3)
-        state, weights = learner.optimizer_state(), learner.weights()
-        learner.step([Example([1, 5, 6], [(1, 3)])], 1e-3)
+        stepper = stepper(padded(model, 2), world)
+        stepper.step([Example([1, 5, 6], [(1, 3)])], 1e-3)
+        state, weights = stepper.optimizer_state(), stepper.weights()
+        stepper.step([Example([1, 5, 6], [(1, 3)])], 1e-3)
         again = stepper(padded(model, 2), world)
         again.restore(weights, state, None)
         assert all(torch.equal(tensor, weights[name]) for name, tensor in lora.state(model).items())

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from command import refused, run
+from command import error_line, refused, run
 from short_run import flags, interrupt, same, tensors
 
 from lora_alpaca import FinetuneConfig, finetune
@@ -226,14 +226,7 @@ def test_init_adapter_that_is_missing(options):
 
 
 def test_cutoff_beyond_the_model(options):
-    assert "takes at most" in refused_later(options | {"cutoff_len": 100_000})
-
-
-def refused_later(options):
-    """Return the line of a run that is refused after its data was read."""
-    result = run("finetune", *flags(options))
-    assert result.code == 2
-    return result.err
+    assert "takes at most" in error_line(run("finetune", *flags(options | {"cutoff_len": 100_000})), 2)
 
 
 def test_tensorboard(options, tmp_path):
