@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from lora_alpaca._version import __version__
 
-# All are read while other libraries are imported, so they stand here.
+# Other libraries read these while they are imported, so they are set here.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # not a line for every try to connect: how it ended is told
+os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # no line for every attempt to connect; the last error is reported
 logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # it urges to install `kernels`, which fetches code
 
 _HOMES = {

@@ -13,8 +13,8 @@
     ├── RankError        (RuntimeError)     another process of the run that failed, died or hangs
     └── ExportError      (RuntimeError)     a merge that would not answer as base + adapter does
 
-A message says what is wrong, where (`file:row` or `--flag`) and what to do, in one line. The command line prints it
-as `error: ...` and exits with `exit_code`: 2 for what a user said, 1 for what happened while working.
+A message is one line: what is wrong, where (`file:row` or `--flag`) and what to do. The command line prints it as
+`error: ...` and exits with `exit_code`: 2 for wrong input, 1 for what happened while working.
 """
 
 
@@ -69,7 +69,7 @@ class TrainingError(LoraAlpacaError, RuntimeError):
 
 
 class RankError(LoraAlpacaError, RuntimeError):
-    """Another process of the run has failed: `rank` is its number, `cause` what it said or what is known of it.
+    """Another process of the run failed: `rank` is its number, `cause` its message, or what is known of its end.
 
     `saved` is a sentence on what this process has saved.
     """

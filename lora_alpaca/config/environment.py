@@ -1,4 +1,4 @@
-"""What must be right around us, asked before anything heavy is imported: the libraries, and a launcher's variables."""
+"""The environment, checked before anything heavy is imported: the libraries, and a launcher's variables."""
 
 import importlib.metadata
 import os
@@ -7,7 +7,7 @@ import re
 from lora_alpaca.errors import ConfigError, LoraAlpacaError
 
 LAUNCHED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-OPTIONAL = {"bitsandbytes"}  # an unquantised base does without; where it is needed, that is said
+OPTIONAL = {"bitsandbytes"}  # an unquantised base works without it; where it is needed, an error names it
 
 
 def check_libraries() -> None:
@@ -45,18 +45,18 @@ def _release(version: str) -> tuple[int, ...]:
 def world_size() -> int:
     """Return how many processes were launched together.
 
-    Raises ConfigError where the variables say several, but are not all there: each would wait for the others for ever.
+    Raises ConfigError where variables name several processes and others are missing: each would wait for ever.
     """
-    said = os.environ.get("WORLD_SIZE", "1")
-    if not said.isdecimal() or int(said) == 0:
-        raise ConfigError(f"the variable WORLD_SIZE is {said!r}, no number of processes; unset it, or use torchrun")
+    size = os.environ.get("WORLD_SIZE", "1")
+    if not size.isdecimal() or int(size) == 0:
+        raise ConfigError(f"the variable WORLD_SIZE is {size!r}, no number of processes; unset it, or use torchrun")
     missing = [name for name in LAUNCHED if name not in os.environ]
-    if missing and (int(said) > 1 or "LOCAL_RANK" in os.environ):
+    if missing and (int(size) > 1 or "LOCAL_RANK" in os.environ):
         raise ConfigError(
-            f"the variables say that {said} processes were launched, but {', '.join(missing)} not set; "
-            f"start with torchrun --nproc_per_node={said} finetune.py, or unset WORLD_SIZE and LOCAL_RANK"
+            f"the variables say that {size} processes were launched, but {', '.join(missing)} not set; "
+            f"start with torchrun --nproc_per_node={size} finetune.py, or unset WORLD_SIZE and LOCAL_RANK"
         )
     rank = os.environ.get("RANK", "0")
-    if int(said) > 1 and not (rank.isdecimal() and int(rank) < int(said)):
-        raise ConfigError(f"the variable RANK is {rank!r}, and WORLD_SIZE is {said}; start with torchrun")
-    return int(said)
+    if int(size) > 1 and not (rank.isdecimal() and int(rank) < int(size)):
+        raise ConfigError(f"the variable RANK is {rank!r}, and WORLD_SIZE is {size}; start with torchrun")
+    return int(size)

@@ -37,7 +37,7 @@ class ConvertConfig(Options):
 
     positional: ClassVar[tuple[str, ...]] = ("old", "new")
 
-    old: str = option(..., "model and data", "Folder of the old adapter, or its hub id.", auto="none, it must be said")
+    old: str = option(..., "model and data", "Folder of the old adapter, or its hub id.", auto="none, it is required")
     new: str = option(
-        ..., "model and data", "Folder for the new one; it must not be there.", auto="none, it must be said"
+        ..., "model and data", "Folder for the new one; it must not be there.", auto="none, it is required"
     )

@@ -1,4 +1,4 @@
-"""What an option is: a checked field with group, unit and meaning, in a config that tells all mistakes at once."""
+"""What an option is: a field with group, unit, meaning, checks and consequences; a config names all its mistakes."""
 
 import difflib
 from typing import Annotated, Any, ClassVar, Literal
@@ -21,7 +21,7 @@ def option(
     same_if: str = "",
     **checks: Any,
 ) -> Any:
-    """Return a pydantic field; `auto` says in words what a default of None means, `checks` are pydantic's own.
+    """Return a pydantic field; `auto` describes a default of None, `checks` are pydantic's own.
 
     `decides` is what another value changes in a run that is resumed: its result; the shape of its tensors too; the plan
     of its engine too; or nothing. Two values of an option count as the same where the recorded fact `same_if` is equal.

@@ -74,7 +74,7 @@ class DataOptions(Options):
         "",
         "data",
         "Prompt template: a name from templates/, `chat` for the tokenizer's own, or the path of a .json file.",
-        auto="alpaca; for other formats of rows the one that fits, said",
+        auto="alpaca; for other formats of rows the one that fits, as a line then tells",
     )
     cutoff_len: int = option(512, "data", "Longest row.", unit="tokens", ge=2)
     overlong: Literal["truncate", "drop", "error"] = option(

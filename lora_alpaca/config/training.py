@@ -257,7 +257,7 @@ class FinetuneConfig(DataOptions, ModelOptions):
     def micro_batch(self, world_size: int) -> int:
         """Return the rows per forward pass and device, so that `batch_size` comes out exactly on `world_size` devices.
 
-        Left unsaid, it is the largest number up to the default that divides. Raises ConfigError where nothing does.
+        Unless the user set it, it is the largest divisor up to the default. Raises ConfigError where no number fits.
         """
         batch, micro = self.batch_size, self.micro_batch_size
         if batch % world_size == 0 and not self.is_set("micro_batch_size"):

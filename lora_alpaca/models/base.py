@@ -105,7 +105,7 @@ def load_base(base: Base, spec: DeviceSpec) -> Any:
 
 @contextmanager
 def _without_report() -> Iterator[None]:
-    """Keep transformers from its report of several lines; what matters in it is said in one."""
+    """Keep transformers from its report of several lines; one line of ours has what matters."""
     before = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()
     try:
@@ -115,7 +115,7 @@ def _without_report() -> Iterator[None]:
 
 
 def _require_all_weights(base: Base, model: Any, found: dict[str, Any]) -> None:
-    """Raise ModelError where weights were left as they were born; say where some of the files' were left out."""
+    """Raise ModelError where weights of the model are in no file; warn where weights of the files are left out."""
     weights = {name for name, _ in model.named_parameters()}
     left = sorted(weights & {*found["missing_keys"], *(entry[0] for entry in found["mismatched_keys"])})
     if left:
@@ -132,7 +132,7 @@ def _require_all_weights(base: Base, model: Any, found: dict[str, Any]) -> None:
 
 
 def config_file(base: Base) -> Path:
-    """Return the path of a base's config.json; the other files of its commit lie beside it, as far as they are here."""
+    """Return the path of a base's config.json; the other files of its commit are in the same folder, as far as they are downloaded."""
     with as_model_error(f"--base_model {base.name}"):
         return Path(cached_file(base.path, "config.json", revision=base.revision))
 

@@ -27,31 +27,31 @@ class DeviceSpec:
 def choose_device(
     options: ModelOptions, device: torch.device | None = None, default_bits: int = 16
 ) -> tuple[DeviceSpec, list[str]]:
-    """Return where and how to compute, and a sentence for everything that could not be had as asked.
+    """Return where and how to compute, and a note for everything that is not available as asked.
 
     `device` is what a launcher has already chosen. Raises ConfigError for a device that is not there, ModelError where
     bitsandbytes is needed and is not.
     """
     device = device or pick_device(options.device)
-    said: list[str] = []
+    notes: list[str] = []
     dtype = options.dtype
     if dtype == "auto":
         dtype = "bf16" if has_bf16(device) else "fp16" if device.type == "cuda" else "fp32"
     elif dtype == "bf16" and not has_bf16(device):
         dtype = "fp16" if device.type == "cuda" else "fp32"
-        said.append(f"bf16 is not native on {device}: {dtype} is used")
+        notes.append(f"bf16 is not native on {device}: {dtype} is used")
     elif dtype == "fp16" and device.type == "cpu":
         dtype = "fp32"
-        said.append("fp16 is too slow and too narrow to train on a CPU: fp32 is used")
+        notes.append("fp16 is too slow and too narrow to train on a CPU: fp32 is used")
     bits = 4 if options.load_4bit else 8 if options.load_8bit else default_bits if options.load_8bit is None else 16
     if bits != 16 and device.type == "mps":
         bits = 16
-        said.append("bitsandbytes cannot quantise on mps: the base is left unquantised")
+        notes.append("bitsandbytes cannot quantise on mps: the base is left unquantised")
     if bits != 16:
         quantization.require_bitsandbytes(bits)
     if bits != 16 and device.type == "cpu":
-        said.append(f"no GPU is used: a base in {bits} bits works on a CPU, and is slow")
-    return DeviceSpec(device, DTYPES[dtype], bits), said
+        notes.append(f"no GPU is used: a base in {bits} bits works on a CPU, and is slow")
+    return DeviceSpec(device, DTYPES[dtype], bits), notes
 
 
 def pick_device(name: str) -> torch.device:

@@ -23,7 +23,7 @@ from lora_alpaca.storage.paths import read_json, sha256, user_cache
 CACHE = "file_hashes.json"
 THREADS = min(8, 2 * (os.cpu_count() or 1))
 FRESH_SECONDS = 2  # a file changed so lately may change again without a new time, so its hash is not kept
-WRITER = ("_name_or_path", "transformers_version")  # of a config: who wrote it, not what it says
+WRITER = ("_name_or_path", "transformers_version")  # keys of a config that do not describe the model
 
 
 def hash_base(base: Base) -> str:
@@ -84,7 +84,7 @@ def _is_fresh(facts: list[Any]) -> bool:
 
 
 def _keep(learned: dict[str, Any]) -> None:
-    """Add to the cache. One that cannot be written to is none, and what two processes lose is only time."""
+    """Add hashes to the cache. Where it cannot be written, or two processes write, only time is lost."""
     folder = user_cache()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """A run: `finetuning` is the story, `setup` its cheap half, `loop` and `step` the work, `resume` what came before.
 
-`state` is where a run stands, `progress` what it shows, `trackers` where its figures go.
+`state` changes from step to step, `progress` shows it, `trackers` send its figures, `saving` writes the adapter.
 """
 
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def finetune(config: FinetuneConfig) -> "RunResult":
-    """Train a LoRA adapter and return what came of it; the adapter lies, self-describing, in `config.output_dir`.
+    """Train a LoRA adapter and return the result; `config.output_dir` then holds the adapter, self-describing.
 
     Reads the data, holds out a validation split, trains with AdamW, validates and writes checkpoints at intervals,
     and keeps the adapter with the best validation loss. On one CPU, one config gives bit-identical adapters.

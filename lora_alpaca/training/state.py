@@ -1,4 +1,4 @@
-"""Where a run stands: everything that changes from step to step but the weights. It travels in the checkpoints."""
+"""The state of a run: everything that changes from step to step but the weights; checkpoints hold it."""
 
 import math
 from dataclasses import dataclass, field, fields

@@ -50,7 +50,7 @@ def packed(model, token_budget):
     return fitted(model, choices, spec, 0, [], nullcontext, is_proven=True)
 
 
-def stepper(engine, world, **options):
+def make_stepper(engine, world, **options):
     """Return the stepper of an engine."""
     config = FinetuneConfig(**OPTIONS | {"max_grad_norm": 1.0} | options)
     return Stepper(engine, LoraAdapter(engine.model), Replicated(world), world, config, print)
@@ -72,7 +72,7 @@ def gradients(folder, rows, micro_batch_size, token_budget=None, **options):
         model = with_adapter(folder, world.spec, **options)
         context = packed(model, token_budget) if token_budget else nullcontext((padded(model, micro_batch_size), []))
         with context as (engine, _):
-            stepper, kept = stepper(engine, world, max_grad_norm=0.0, **options), []
+            stepper, kept = make_stepper(engine, world, max_grad_norm=0.0, **options), []
             stepper.optimizer.step = lambda: kept.extend(p.grad.flatten().clone() for p in stepper.parameters)
             step = stepper.step(examples, 0.0)
     return torch.cat(kept), step.loss
@@ -139,7 +139,7 @@ def test_a_loss_that_is_not_finite_moves_nothing(tiny_llama, rows):
     config = FinetuneConfig(**OPTIONS)
     with World(config) as world:
         model = with_adapter(tiny_llama, world.spec)
-        stepper = stepper(padded(model, 2), world)
+        stepper = make_stepper(padded(model, 2), world)
         before = lora.state(model)
         model.get_output_embeddings().weight.data[0] = float("nan")
         assert not stepper.step([Example([1, 5, 6], [(1, 3)])], 1e-3).finite
@@ -155,9 +155,9 @@ def test_the_validation_loss_does_not_depend_on_the_micro_batch(tiny_llama, rows
     examples = Encoder.for_prompts(tokenizer, load_template("alpaca_short")).encode(rows[:9])
     with World(config) as world:
         model = with_adapter(tiny_llama, world.spec)
-        losses = [stepper(padded(model, size), world).evaluate(examples) for size in (1, 4, 9)]
+        losses = [make_stepper(padded(model, size), world).evaluate(examples) for size in (1, 4, 9)]
         with packed(model, 100) as (engine, _):
-            losses.append(stepper(engine, world).evaluate(examples))
+            losses.append(make_stepper(engine, world).evaluate(examples))
     assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
 
 
@@ -165,11 +165,11 @@ def test_optimizer_state_comes_back(tiny_llama, rows):
     config = FinetuneConfig(**OPTIONS)
     with World(config) as world:
         model = with_adapter(tiny_llama, world.spec)
-        stepper = stepper(padded(model, 2), world)
+        stepper = make_stepper(padded(model, 2), world)
         stepper.step([Example([1, 5, 6], [(1, 3)])], 1e-3)
         state, weights = stepper.optimizer_state(), stepper.weights()
         stepper.step([Example([1, 5, 6], [(1, 3)])], 1e-3)
-        again = stepper(padded(model, 2), world)
+        again = make_stepper(padded(model, 2), world)
         again.restore(weights, state, None)
         assert all(torch.equal(tensor, weights[name]) for name, tensor in lora.state(model).items())
     assert state
