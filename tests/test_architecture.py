@@ -182,7 +182,7 @@ def test_each_library_has_its_homes():
 
 
 def test_rooms_without_torch():
-    """What finds a wrong flag, row or template imports no torch, not even through others, and so answers in a second."""
+    """What finds a wrong flag, row or template imports no torch, not even through others: it answers in a second."""
     paths = [path for name in WITHOUT_TORCH for path in sources(name) if where(path) not in WITH_TOKENIZER]
     modules = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths]
     program = "import sys, importlib\nfor name in sys.argv[1:]:\n    importlib.import_module(name)\n"
