@@ -4,6 +4,7 @@ docs/architecture.md explains the rooms. The message of a test that fails says w
 """
 
 import ast
+import re
 import resource
 import runpy
 import subprocess
@@ -214,7 +215,7 @@ def test_help_is_instant(script, run_script, tmp_path):
     assert min(seconds) < 0.5
 
 
-# ---------------------------------------------------------------------------------------------------------- picture
+# -------------------------------------------------------------------------------------------- picture and documents
 
 
 def test_the_picture_is_drawn_from_the_imports():
@@ -222,3 +223,11 @@ def test_the_picture_is_drawn_from_the_imports():
     assert drawing["ROOMS"] == list(ALLOWED)
     drawn = (ROOT / "docs" / "architecture.svg").read_text(encoding="utf-8")
     assert drawn == drawing["draw"](), "the imports have changed: python docs/draw_architecture.py"
+
+
+@pytest.mark.parametrize("document", ["docs/architecture.md", "CONTRIBUTING.md"])
+def test_a_document_names_files_that_are_there(document):
+    named = set(re.findall(r"`([\w./-]+/[\w.-]+\.py)`", (ROOT / document).read_text(encoding="utf-8")))
+    missing = sorted(name for name in named if not (PACKAGE / name).is_file() and not (ROOT / name).is_file())
+    assert len(named) > 10
+    assert not missing, f"{document} names files that are not there: {missing}"
