@@ -206,8 +206,8 @@ def test_importing_costs_nothing(module):
 @pytest.mark.parametrize("script", ["finetune.py", "generate.py", "export_hf_checkpoint.py"])
 def test_help_is_instant(script, run_script, tmp_path):
     """Under half a second of processor time, which is the time it takes on a machine that does nothing else."""
-    seconds = []
-    for _ in range(3):
+    seconds: list[float] = []
+    while len(seconds) < 5 and min(seconds, default=1) >= 0.5:  # on a busy machine a process takes longer
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert run_script(script, "--help", cwd=tmp_path).returncode == 0
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
