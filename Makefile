@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test stress stress-long exact bench check format wheel clean
+.PHONY: help demo test test-all stress stress-long exact compare bench measure check format wheel clean
 
 help:  ## say what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -18,22 +18,32 @@ help:  ## say what can be made
 demo: $(STAMP)  ## finetune the tiny model of the package, and show what it learned
 	$(BIN)/python -m lora_alpaca.demo
 
-test: check  ## check the code and run every test
+test: check  ## check the code and run all tests but the slow ones
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slow"
+
+test-all: check  ## check the code and run every test; what CI runs
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 stress: $(STAMP)  ## the tests that draw cases at random, in their long form, and a share of all faults: half an hour
 	STRESS=1 $(BIN)/python -m pytest --numprocesses=auto tests/data/test_properties.py tests/data/test_fuzz.py
 	$(BIN)/python tests/faults stress
 
-stress-long: $(STAMP)  ## the same with a thousand kills and all faults; goes on where it was stopped
+stress-long: $(STAMP)  ## the same with a thousand kills and all faults; resumes where it was stopped
 	STRESS=1 $(BIN)/python -m pytest --numprocesses=auto tests/data/test_properties.py tests/data/test_fuzz.py
 	$(BIN)/python tests/faults stress-long
 
 exact: $(STAMP)  ## compare the gradients of packs with plain transformers, in every combination
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) tests/exact.py
 
+compare: $(STAMP)  ## compare adapters byte for byte with those of a version: make compare OLD=COMMIT
+	@test -n "$(OLD)" || { echo "name a commit or a folder: make compare OLD=COMMIT [NEW=COMMIT]"; exit 1; }
+	$(BIN)/python tests/compare_versions.py $(OLD) $(NEW)
+
 bench: $(STAMP)  ## time a training step against what else there is, five minutes
 	$(BIN)/python benchmarks/training.py --quick
+
+measure: $(STAMP)  ## count files and lines of each room, and name what is long
+	$(BIN)/python docs/measure_rooms.py
 
 check: $(STAMP)  ## lint, formatting and types
 	$(BIN)/ruff check

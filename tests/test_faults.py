@@ -15,10 +15,13 @@ PARTS = {  # the share of its cases, and the names of what it must have counted
     "changed_settings": (0.1, {"changed_settings refused", "changed_settings applied", "files_moved"}),
     "memory_faults": (0.08, {"memory", "memory shrunk", "memory resumed"}),
 }
+SLOW = dict.fromkeys(("crash_points", "disk", "nonfinite"), pytest.mark.slow)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the faults are put into forked processes")
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(
+    "part", [pytest.param(part, marks=pytest.mark.slow) if part in SLOW else part for part in PARTS]
+)
 def test_nothing_fails(part, tmp_path):
     share, counted = PARTS[part]
     report = importlib.import_module(f"faults.{part}").programme(share, tmp_path)

@@ -35,6 +35,7 @@ def test_the_main_job_with_nothing_said_twice(run_script, tmp_path):
     assert (tmp_path / "hf_ckpt.1").is_dir()
 
 
+@pytest.mark.slow
 def test_two_ranks_from_the_command_line(tmp_path, run_script, tiny_llama, data_path):
     """`torchrun --nproc_per_node=2 finetune.py` makes the same steps as `python finetune.py`; one rank speaks."""
     import os

@@ -56,6 +56,7 @@ def test_compiled_parts_have_the_same_gradients(tmp_path):
     assert off < 1e-5
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_parts_are_eager_and_that_is_said(tmp_path):
     (tmp_path / "bin").mkdir()
     said = in_a_process_of_its_own(FIT, tmp_path, PATH=str(tmp_path / "bin"), CXX="/no/such/compiler")

@@ -318,6 +318,7 @@ def test_what_is_optimised_and_how(train, monkeypatch):
 # --------------------------------------------------------------------------------------------------------- the hub
 
 
+@pytest.mark.slow
 def test_a_base_from_the_hub_is_pinned_to_its_commit(tiny_llama, data_path, tmp_path, run_script):
     """Offline, from a cache as huggingface_hub leaves it: the commit is recorded, and used when generating."""
     commit = "0123456789abcdef0123456789abcdef01234567"
