@@ -132,7 +132,7 @@ def _require_all_weights(base: Base, model: Any, found: dict[str, Any]) -> None:
 
 
 def config_file(base: Base) -> Path:
-    """Return the path of a base's config.json; the other files of its commit are in the same folder, as far as they are downloaded."""
+    """Return the path of a base's config.json; the folder has the other files of its commit that are downloaded."""
     with as_model_error(f"--base_model {base.name}"):
         return Path(cached_file(base.path, "config.json", revision=base.revision))
 
