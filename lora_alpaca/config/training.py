@@ -170,7 +170,12 @@ class FinetuneConfig(DataOptions, ModelOptions):
         10, "progress and saving", "Report the loss every so many steps.", unit="steps", ge=1, decides="nothing"
     )
     save_total_limit: int = option(
-        3, "progress and saving", "Checkpoints kept; the oldest go first.", unit="folders", ge=1, decides="nothing"
+        3,
+        "progress and saving",
+        "Checkpoints kept, and the best one; the oldest go first.",
+        unit="folders",
+        ge=1,
+        decides="nothing",
     )
     early_stopping_patience: int | None = option(
         None,
