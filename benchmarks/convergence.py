@@ -34,7 +34,7 @@ from lora_alpaca.data import Rows, demo_file
 from lora_alpaca.data.encoding import Encoder
 from lora_alpaca.data.examples import Examples
 from lora_alpaca.data.preparation import prepare
-from lora_alpaca.data.sampler import rows_of_step, steps_per_epoch
+from lora_alpaca.data.sampler import Sampler
 from lora_alpaca.distributed.strategy import Replicated
 from lora_alpaca.distributed.world import World
 from lora_alpaca.engine import EngineChoices, fitted
@@ -103,8 +103,8 @@ def task(name: str, file: Path, folder: Path) -> Task:
 def _encoded(path: Path, config: FinetuneConfig) -> Examples:
     rows, tokenizer = Rows(str(path)), load_tokenizer(locate_base(config.base_model))
     template = fitting_template(rows.formats, tokenizer).bound(tokenizer)
-    encoder = Encoder(tokenizer, template, config.cutoff_len, config.train_on_inputs)
-    return prepare(rows, encoder, config, set(), lambda _: None).train
+    encoder = Encoder.from_options(tokenizer, template, config)
+    return prepare(rows, encoder, set(), lambda _: None).train
 
 
 def start(config: FinetuneConfig) -> State:
@@ -157,7 +157,7 @@ def recipe(task: Task, config: FinetuneConfig, first: State) -> tuple[States, Cu
     trainer.order = order
     trainer.train()
     steps = range(plan.total_steps)
-    expected = [row for step in steps for row in rows_of_step(step, order.lengths, config.batch_size, config.seed)]
+    expected = [row for step in steps for row in order.sampler.rows(step)]
     assert order.drawn == expected and trainer.state.global_step == len(steps), "other rows, or in another order"
     taken.states[len(steps)] = lora.state(model)
     return taken.states, {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
@@ -176,20 +176,19 @@ class _Order(torch.utils.data.Sampler):
     """The row numbers of an epoch, one optimizer step after another, as `finetune` takes them."""
 
     def __init__(self, train: Examples, config: FinetuneConfig):
-        self.lengths, self.config, self.epoch = train.lengths, config, 0
+        self.sampler, self.epoch = Sampler(train.lengths, config.batch_size, config.seed), 0
         self.drawn: list[int] = []
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.sampler.lengths)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch  # called by the Trainer before every epoch
 
     def __iter__(self) -> Iterator[int]:
-        size, seed = self.config.batch_size, self.config.seed
-        steps = steps_per_epoch(len(self.lengths), size)
+        steps = self.sampler.steps_per_epoch
         for step in range(self.epoch * steps, (self.epoch + 1) * steps):
-            for row in rows_of_step(step, self.lengths, size, seed):
+            for row in self.sampler.rows(step):
                 self.drawn.append(row)
                 yield row
 

@@ -66,10 +66,10 @@ def ours(data: Path, tokenizer_path: str, folder: Path) -> dict[str, float]:
     begun = time.perf_counter()
     rows = Rows(str(data))
     read = time.perf_counter()
-    encoder, options = Encoder(tokenizer, load_template("alpaca"), CUTOFF), DataOptions(cutoff_len=CUTOFF)
+    encoder = Encoder.from_options(tokenizer, load_template("alpaca"), DataOptions(cutoff_len=CUTOFF))
     validation = held_out(len(rows), 2000, 42)
-    key = cache_key(rows, encoder, options, validation, hash_tokenizer(tokenizer))
-    prepared = keep(folder, key, prepare(rows, encoder, options, validation, lambda done: None))
+    key = cache_key(rows, encoder, validation, hash_tokenizer(tokenizer))
+    prepared = keep(folder, key, prepare(rows, encoder, validation, lambda done: None))
     done = time.perf_counter()
     assert cached(folder, key) is not None
     tokens = len(prepared.train.ids) + len(prepared.validation.ids)

@@ -47,7 +47,7 @@ def step(
         else:
             size = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": len(examples) // 4}
             if by_length:
-                examples = sorted(examples, key=lambda example: len(example.input_ids))
+                examples = sorted(examples, key=lambda example: len(example.ids))
             arguments = TrainingArguments(**options, **size, remove_unused_columns=False)
             data = [vars_of(example) for example in examples]
             trainer = _InOrder(model, arguments, padded, data, callbacks=[watch])
@@ -59,7 +59,7 @@ def step(
 
 def vars_of(example: Example) -> dict[str, list[int]]:
     """Return an example as trainers take it."""
-    return {"input_ids": example.input_ids, "labels": example.labels}
+    return {"input_ids": example.ids.tolist(), "labels": example.labels}
 
 
 class _InOrder(Trainer):
@@ -99,7 +99,7 @@ def _trl(model: Any, examples: list[Example], watch: TrainerCallback, options: d
     from trl import SFTConfig, SFTTrainer
 
     data = Dataset.from_list([vars_of(example) for example in examples])
-    rows = max(1, -(-sum(len(example.input_ids) for example in examples) // 2048))
+    rows = max(1, -(-sum(len(example.ids) for example in examples) // 2048))
     arguments = SFTConfig(
         **options, packing=True, packing_strategy="bfd", padding_free=True, max_length=2048,
         per_device_train_batch_size=1, gradient_accumulation_steps=rows,

@@ -35,7 +35,7 @@ import transformers
 from results_file import write
 
 from lora_alpaca.config import FinetuneConfig
-from lora_alpaca.data.examples import IGNORED, Example
+from lora_alpaca.data.examples import Example
 from lora_alpaca.distributed.strategy import Replicated
 from lora_alpaca.distributed.world import World
 from lora_alpaca.engine import Engine, EngineChoices, Padded, fitted
@@ -79,8 +79,8 @@ def rows(shape: str, train_on_inputs: bool) -> list[Example]:
         prompt = draw.choice(preambles) + tokens(draw.lognormvariate(3.0, 0.8)) + response
         answer = tokens(draw.lognormvariate(0, spread) * median)
         ids = (prompt + answer)[:512]
-        labels = ids if train_on_inputs else [IGNORED] * len(prompt) + ids[len(prompt) :]
-        examples.append(Example(ids, labels))
+        first = 0 if train_on_inputs else len(prompt)
+        examples.append(Example(ids, [(first, len(ids))] if first < len(ids) else []))
     return examples
 
 
@@ -184,8 +184,8 @@ def _matmul_seconds(engine: Engine, examples: list[Example], dtype: torch.dtype)
     total, known = 0.0, {}
     for numbers in packs(examples, BUDGET):
         packed = pack([examples[number] for number in numbers])
-        tokens, scored = packed.input_ids.numel(), len(packed.places)
-        shapes = [(tokens, *layer) for layer in layers] + [(scored, config.vocab_size, config.hidden_size, False)]
+        tokens, predictions = packed.input_ids.numel(), len(packed.indices)
+        shapes = [(tokens, *layer) for layer in layers] + [(predictions, config.vocab_size, config.hidden_size, False)]
         for shape in shapes:  # the first layer's input has no gradient, so its q, k and v have none to pass on
             known[shape] = known.get(shape) or _product_seconds(*shape, dtype=dtype)
             total += known[shape]

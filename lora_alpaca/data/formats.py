@@ -28,7 +28,7 @@ class Format:
 
 
 class RowError(ValueError):
-    """A row is not what it should be; the message says how."""
+    """A row is malformed; the message says how."""
 
 
 def _alpaca(row: dict[str, Any]) -> list[Message]:
@@ -58,8 +58,8 @@ def _messages(row: dict[str, Any]) -> list[Message]:
 
 
 def _system(row: dict[str, Any]) -> list[Message]:
-    said = row.get("system")
-    return [] if said in (None, "") else [Message("system", text(said, "system"))]
+    system = row.get("system")
+    return [] if system in (None, "") else [Message("system", text(system, "system"))]
 
 
 def _turns(turns: Any, field: str, role_key: str, text_key: str) -> list[Message]:

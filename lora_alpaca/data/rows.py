@@ -1,4 +1,4 @@
-"""All rows of a run: checked, counted and hashed once, then read again whenever they are needed, never held.
+"""All rows of a run: checked, counted and hashed once, then read again when they are needed, never kept in memory.
 
 The first reading finds every mistake and every double before a tokenizer is loaded. The second, for encoding, must
 find the same rows: a file that changes in between is an error.
@@ -34,7 +34,7 @@ def demo_file(name: str) -> Path:
 
 @contextlib.contextmanager
 def gc_disabled() -> Iterator[None]:
-    """Keep the garbage collector from looking for cycles, which rows do not make: a third of the time."""
+    """Switch the garbage collector off within this context. Rows make no cycles, and it takes a third of the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -52,7 +52,7 @@ class Rows(Iterable[Conversation]):
     and row.
 
     `dropped` are (where, reason) of bad rows; `formats` counts rows by format; `keys` has a 64-bit hash of every row;
-    `empty_answers` and `blank_instructions` say where such rows stand; `digest` is a sha256 of all texts.
+    `empty_answers` and `blank_instructions` name such rows; `digest` is a sha256 of all texts.
     """
 
     def __init__(self, data_path: str, columns: list[str] | None = None, skip_bad_rows: bool = False):
@@ -129,7 +129,7 @@ class Rows(Iterable[Conversation]):
                     kind = kind or formats.recognise(named)
                     conversation = formats.conversation(named, kind, where)
                 except RowError as error:
-                    if not self._skip and row != {}:  # where all rows are {}, that is what to say
+                    if not self._skip and row != {}:  # where all rows are {}, the error is that there are none
                         raise DataError(f"{where}: {error}") from None
                     drop(where, str(error))
                     continue
@@ -138,7 +138,7 @@ class Rows(Iterable[Conversation]):
 
 
 class _Source:
-    """One file or hub dataset of `--data_path`; what it is, is clear before anything is read."""
+    """One file or hub dataset of `--data_path`; a name that is neither is refused before anything is read."""
 
     def __init__(self, name: str):
         path = demo_file("train") if name == DEMO else user_path(name)
@@ -167,13 +167,13 @@ def _parts(data_path: str) -> list[str]:
 
 
 def _key(conversation: Conversation) -> bytes:
-    """Return a hash of what a row says, of 16 bytes."""
-    said = [
+    """Return a hash of the roles and texts of a row, of 16 bytes."""
+    texts = [
         part
         for message in conversation.messages  # lengths keep "a", "bc" and "ab", "c" apart
         for part in (message.role, str(len(message.text)), message.text, str(len(message.input)), message.input)
     ]
-    return hashlib.blake2b("\n".join(said).encode(), digest_size=16).digest()
+    return hashlib.blake2b("\n".join(texts).encode(), digest_size=16).digest()
 
 
 def _number(key: bytes) -> int:

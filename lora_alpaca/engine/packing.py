@@ -46,7 +46,7 @@ class PackedBatch(Batch):
     masks: dict[Any, Any] = field(default_factory=dict)  # made from the segments by attention, once for all layers
 
     def inputs(self) -> dict[str, Any]:
-        """Return the keyword arguments of the model; `pack` goes on to its attention."""
+        """Return the keyword arguments of the model; it passes `pack` to its attention."""
         return {"input_ids": self.input_ids, "position_ids": self.positions, "pack": self}
 
     def subtree_ends(self) -> torch.Tensor:
@@ -66,23 +66,24 @@ def pack(examples: Sequence[Example], share: bool = True, device: torch.device |
     order, shared = _in_order(rows, share)
     starts = np.cumsum([0, *map(len, read)])  # of each row in all of them, end to end
     index = np.empty(starts[-1], np.int64)  # in the pack, of every token of all rows
+    count = np.arange(starts[-1])
     segments: list[Segment] = []
     ids, positions = [], []
     for members, start, stop, above in _tree([len(rows[row]) for row in order], shared):
         begin = segments[-1].stop if segments else 0
         segments.append(Segment(begin, begin + stop - start, above))
         ids.append(rows[order[members[0]]][start:stop])
-        positions.append(np.arange(start, stop))
+        positions.append(count[start:stop])
         for member in members:
             first = starts[order[member]]
-            index[first + start : first + stop] = np.arange(begin, begin + stop - start)
+            index[first + start : first + stop] = count[begin : begin + stop - start]
 
     row, position = label_positions(examples)
     label = starts[row] + position
     labels = np.concatenate(read)[label].astype(np.int64)
     vocabulary = labels.max() + 1  # makes one number of a prediction, which is a pair of index and label
-    predictions, prediction, weights = np.unique(
-        index[label - 1] * vocabulary + labels, return_inverse=True, return_counts=True
+    predictions, _, prediction, weights = np.unique(  # with the index it sorts by merging: the rows are sorted runs
+        index[label - 1] * vocabulary + labels, return_index=True, return_inverse=True, return_counts=True
     )
     return PackedBatch(
         input_ids=torch.from_numpy(np.concatenate(ids, dtype=np.int64))[None].to(device),

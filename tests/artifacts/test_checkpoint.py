@@ -154,8 +154,8 @@ def test_a_checkpoint_in_the_way_of_a_new_one_is_set_aside(out):
     save(out, 3, run="another", value=2.0)
     save(out, 3)
     assert checkpoints.newest(out)[0] == out / "checkpoint-3"
-    assert checkpoints.load(out / "checkpoint-3").adapter["a"][0, 0] == 1.0
-    assert checkpoints.load(out / "checkpoint-3.left").adapter["a"][0, 0] == 2.0
+    assert checkpoints.load(out / "checkpoint-3").weights["a"][0, 0] == 1.0
+    assert checkpoints.load(out / "checkpoint-3.left").weights["a"][0, 0] == 2.0
 
 
 def test_a_copy_is_taken_only_when_it_is_whole(out, tmp_path):  # 96: where a rename is copying, file by file

@@ -226,7 +226,9 @@ class _Stage:
         assert died.code == 9, died.said
         assert steps(self.killed_run) == [2, AT], steps(self.killed_run)
         for step, was in ((place, After(ended, self.right, self.right)) for place in (0, AT)):
-            plan = Plan(STEPS, WARM_UP, 1, 1, 1)  # the rule above is that of a run in which nothing is changed
+            plan = Plan(
+                total_steps=STEPS, warmup_steps=WARM_UP, eval_steps=1, save_steps=1, micro_batch_size=1
+            )  # the rule above is that of a run in which nothing is changed
             assert was.logged(step + 1, "learning_rate") == plan.learning_rate(step, _Rate()) == rate({}, step)
 
     def killed(self, name: str) -> Callable[[], None]:

@@ -11,7 +11,7 @@ from lora_alpaca import data
 from lora_alpaca.config import FinetuneConfig, GenerateConfig
 from lora_alpaca.models.base import Path, demo_base
 from lora_alpaca.models.device import choose_device
-from lora_alpaca.planning.plan import resolve
+from lora_alpaca.planning.plan import resolve_steps
 from lora_alpaca.storage import atomic, output_folder
 from lora_alpaca.storage.output_folder import OutputFolder
 
@@ -301,9 +301,9 @@ def test_the_optimizer():
     config = FinetuneConfig()
     assert (config.lr_scheduler, config.max_grad_norm, config.weight_decay) == ("linear", 1.0, 0.0)
     assert (config.save_total_limit, config.batch_size, config.learning_rate) == (3, 128, 3e-4)
-    plan = resolve(config, rows=999, world_size=1)
+    plan = resolve_steps(config, rows=999, world_size=1)
     assert (plan.total_steps, plan.warmup_steps, plan.eval_steps, plan.save_steps) == (24, 3, 6, 200)
-    assert resolve(config, rows=52_000, world_size=1).warmup_steps == 100
+    assert resolve_steps(config, rows=52_000, world_size=1).warmup_steps == 100
 
 
 def test_what_is_optimised_and_how(train, monkeypatch):

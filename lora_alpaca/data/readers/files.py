@@ -1,7 +1,7 @@
 """Files and hub datasets to raw rows, strictly: exact texts, true numbers, and a reason for everything that is wrong.
 
 A reader yields (number, value) one by one, so that a file of any size can be read; the number is the line of a .jsonl
-or .csv file and the place in the list elsewhere, from 1. A value is a `Bad` where this row alone is spoilt.
+or .csv file and the position in the list elsewhere, from 1. A value is a `Bad` where this row alone is spoilt.
 """
 
 import csv
@@ -50,7 +50,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _read_csv(file: BinaryIO, path: str) -> NumberedRows:
-    """Yield the records of a table with a header; every value is the text that stands there."""
+    """Yield the records of a table with a header; every value is text."""
     csv.field_size_limit(sys.maxsize)
     text.begin(file, path)
     reader, line = csv.reader((line for _, line in text.lines(file, path)), strict=True), 1
@@ -83,7 +83,7 @@ def _read_parquet(file: BinaryIO, path: str) -> NumberedRows:
             for row in batch.to_pylist():
                 number += 1
                 yield number, row
-    except (pyarrow.ArrowException, ValueError) as error:  # ValueError: a text that is not UTF-8, say
+    except (pyarrow.ArrowException, ValueError) as error:  # ValueError: of a text that is not UTF-8, for example
         after = f", after row {number}" if number else ""
         raise DataError(f"{path}: not a Parquet file that can be read{after} ({_first_line(error)})") from None
 

@@ -1,6 +1,6 @@
-"""JSON to raw rows, strictly: an array or one value a line, read a chunk at a time, with a true place for every flaw.
+"""JSON to raw rows, strictly: an array or one value a line, in chunks, with the true position of every error.
 
-What spoils the whole file is a DataError; what spoils one row is a `Bad` in its place.
+What spoils the whole file is a DataError; what spoils one row is a `Bad` instead of it.
 """
 
 import json
@@ -51,7 +51,7 @@ class _Decoder(json.JSONDecoder):
         self._flaws: list[str] = []
 
     def raw_decode(self, s: str, idx: int = 0) -> tuple[Any, int]:
-        """Return the value at a place, and where it ends."""
+        """Return the value at an offset, and where it ends."""
         self._flaws.clear()
         value, end = super().raw_decode(s, idx)
         return (Bad(self._flaws[0]) if self._flaws else value), end
@@ -128,9 +128,9 @@ def _read_array(file: BinaryIO, path: str) -> NumberedRows:
     window, decoder, number = Window(file, path), _Decoder(), 0
     while "[" not in window.text:
         window.more()
-    window.place = window.text.index("[") + 1
+    window.offset = window.text.index("[") + 1
     while True:
-        gap = (_COMMA if number else _GAP).match(window.text, window.place)
+        gap = (_COMMA if number else _GAP).match(window.text, window.offset)
         assert gap is not None  # it may be empty
         start = gap.end()
         if _is_cut(window, start):
@@ -156,31 +156,31 @@ def _read_array(file: BinaryIO, path: str) -> NumberedRows:
         if _is_cut(window, end):
             window.more()
             continue
-        window.place = end
+        window.offset = end
         number += 1
         yield number, value
 
 
-def _is_cut(window: Window, place: int) -> bool:
-    """Return whether what stands at a place may look otherwise once more of the file is read."""
-    return not window.ended and place + _LONGEST_WORD > len(window.text)
+def _is_cut(window: Window, offset: int) -> bool:
+    """Return whether the text at an offset may read otherwise once more of the file is read."""
+    return not window.ended and offset + _LONGEST_WORD > len(window.text)
 
 
-def _refuse_more(window: Window, place: int, path: str) -> None:
+def _refuse_more(window: Window, offset: int, path: str) -> None:
     """Raise DataError if there is anything but white space behind the list."""
-    window.place = place
-    while not window.ended and not window.text[window.place :].strip(_BLANK):
-        window.place = len(window.text)
+    window.offset = offset
+    while not window.ended and not window.text[window.offset :].strip(_BLANK):
+        window.offset = len(window.text)
         window.more()
-    if rest := window.text[window.place :].strip(_BLANK):
-        line, column = window.position(window.text.index(rest[0], window.place))
+    if rest := window.text[window.offset :].strip(_BLANK):
+        line, column = window.position(window.text.index(rest[0], window.offset))
         raise DataError(f"{path}: not JSON at line {line}, column {column}: more stands after the list")
 
 
-def _broken(window: Window, place: int, path: str, number: int, message: str) -> DataError:
-    """Return the error about a list that is broken at a place, in or after row `number`."""
-    near = window.text[place : place + 40]
-    line, column = window.position(place)
+def _broken(window: Window, offset: int, path: str, number: int, message: str) -> DataError:
+    """Return the error about a list that is broken at an offset, in or after row `number`."""
+    near = window.text[offset : offset + 40]
+    line, column = window.position(offset)
     if message.startswith("Unterminated string") or not near.strip(_BLANK):
         return DataError(f"{path}:{number}: not JSON: the file ends inside row {number}, line {line} (truncated?)")
     return DataError(f"{path}:{number}: not JSON at line {line}, column {column}: {message}, near {near!r}")

@@ -1,4 +1,4 @@
-"""Text files, piece by piece: strict UTF-8, in lines or through a window, and true places for what is wrong."""
+"""Text files, piece by piece: strict UTF-8, in lines or through a window, and the true position of every error."""
 
 import codecs
 from collections.abc import Iterator
@@ -30,18 +30,18 @@ def lines(file: BinaryIO, path: str) -> Iterator[tuple[int, str]]:
 
 
 class Window:
-    """The part of a text file that is in memory: `text`, of which everything before `place` is done with."""
+    """The part of a text file that is in memory: `text`, whose first `offset` characters have been read."""
 
     def __init__(self, file: BinaryIO, path: str):
         self._file, self._path = file, path
         self._decoder = codecs.getincrementaldecoder("utf-8")()
-        self.text, self.place, self.ended = "", 0, False
+        self.text, self.offset, self.ended = "", 0, False
         self._line, self._column, self._bytes = 1, 1, file.tell()  # where in the file the window begins, and ends
 
     def more(self) -> None:
         """Drop what is done with, and read as much again as is still there, at least a chunk."""
-        self._line, self._column = self.position(self.place)
-        self.text, self.place = self.text[self.place :], 0
+        self._line, self._column = self.position(self.offset)
+        self.text, self.offset = self.text[self.offset :], 0
         data = self._file.read(max(CHUNK, len(self.text)))
         pending = len(self._decoder.getstate()[0])  # bytes of a character that the last chunk has cut
         try:
@@ -52,9 +52,9 @@ class Window:
         self._bytes += len(data)
         self.ended = not data
 
-    def position(self, place: int) -> tuple[int, int]:
-        """Return line and column in the file, from 1, of a place in the window."""
-        before = self.text[:place]
+    def position(self, offset: int) -> tuple[int, int]:
+        """Return line and column in the file, from 1, of an offset in the window."""
+        before = self.text[:offset]
         lines = before.count("\n")
         return self._line + lines, len(before) - before.rfind("\n") if lines else self._column + len(before)
 
