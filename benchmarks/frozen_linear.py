@@ -1,7 +1,7 @@
 """What does a frozen quantised layer cost? python benchmarks/frozen_linear.py
 
 Times forward and backward of one layer, unquantised, as bitsandbytes computes it in 8 and 4 bits, and in 8 bits as
-`lora_alpaca/engine/int8_linear.py` does, all interleaved, and how far each is off the product of the dequantised weights.
+`engine/int8_linear.py` does, all interleaved, and how far each is off the product of the dequantised weights.
 Writes benchmarks/results/frozen_linear-DATE.json and ends with its medians as one JSON line. A minute on 2 cores.
 """
 

@@ -1,6 +1,7 @@
 """A run: `finetuning` is the story, `setup` its cheap half, `loop` and `step` the work, `resume` what came before.
 
-`state` changes from step to step, `progress` shows it, `trackers` send its figures, `saving` writes the adapter.
+`job` is a run before its base is loaded, `state` what changes from step to step. `progress` shows it, `trackers` send
+its figures, `saving` writes the adapter.
 """
 
 from typing import TYPE_CHECKING

@@ -7,7 +7,7 @@ import time
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lora_alpaca.artifacts import checkpoint as checkpoints
 from lora_alpaca.artifacts.checkpoint import Checkpoint
@@ -17,13 +17,11 @@ from lora_alpaca.errors import RankError, TrainingError
 from lora_alpaca.models.trainable import State
 from lora_alpaca.planning.plan import Plan
 from lora_alpaca.signals import Interrupted, StepAbandoned
+from lora_alpaca.training.job import Job
 from lora_alpaca.training.progress import Progress
 from lora_alpaca.training.state import TrainState
 from lora_alpaca.training.step import Step, Stepper
 from lora_alpaca.training.trackers import Tracker
-
-if TYPE_CHECKING:
-    from lora_alpaca.training.setup import Job
 
 MOST_FAILED_SAVES = 3  # in a row
 MOST_OVERFLOWS = 50  # of fp16, in a row; a few are how the loss scale is found
@@ -35,7 +33,7 @@ class Loop:
 
     def __init__(
         self,
-        job: "Job",
+        job: Job,
         plan: Plan,
         stepper: Stepper,
         output_dir: Path,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lora_alpaca.artifacts import checkpoint as checkpoints
 from lora_alpaca.artifacts import run_record
@@ -21,11 +21,9 @@ from lora_alpaca.planning.plan import Plan
 from lora_alpaca.prompts import AnyTemplate, template_from_json
 from lora_alpaca.storage.output_folder import OutputFolder
 from lora_alpaca.storage.paths import user_path
+from lora_alpaca.training.job import Job
 from lora_alpaca.training.state import TrainState
 from lora_alpaca.training.step import Stepper
-
-if TYPE_CHECKING:
-    from lora_alpaca.training.setup import Job
 
 
 @dataclass
@@ -47,7 +45,7 @@ class Start:
         """Return notes on what changed since the run began; the record becomes that of this run."""
         return []
 
-    def plan(self, job: "Job", world: World) -> Plan:
+    def plan(self, job: Job, world: World) -> Plan:
         """Return the plan of the run."""
         return planning.resolve(job.config, job.train.lengths, job.size, world)
 
@@ -110,7 +108,7 @@ class Resumed(Start):
         self._changed = set(changed)
         return [*(f"changed, as allowed: {sentence}" for sentence in sentences.values()), *self._check_best()]
 
-    def plan(self, job: "Job", world: World) -> Plan:
+    def plan(self, job: Job, world: World) -> Plan:
         """Return the plan as it was, but for what follows from the changes that were allowed."""
         config_then = FinetuneConfig.model_construct(set(self._record["said"]), **self._record["options"])
         then = planning.resolve_steps(config_then, self._record["ledger"]["train"], self._record["ranks"])

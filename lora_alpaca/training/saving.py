@@ -3,19 +3,17 @@
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lora_alpaca.artifacts import prompt_contract
 from lora_alpaca.artifacts.adapter_folder import Adapter
 from lora_alpaca.artifacts.run_record import RunResult
 from lora_alpaca.errors import TrainingError
 from lora_alpaca.models.trainable import State, Trainable
-
-if TYPE_CHECKING:
-    from lora_alpaca.training.setup import Job
+from lora_alpaca.training.job import Job
 
 
-def save_adapter(trainable: Trainable, state: State, job: "Job", record: dict[str, Any], result: RunResult) -> None:
+def save_adapter(trainable: Trainable, state: State, job: Job, record: dict[str, Any], result: RunResult) -> None:
     """Save an adapter in the output folder of its run, or, where that cannot be written to, in a temporary folder.
 
     A disk that another process fills in the last second then costs no run. Raises TrainingError naming that folder.

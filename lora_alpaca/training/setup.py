@@ -1,56 +1,30 @@
 """What a run is made of: `prepare` finds all that can fail cheaply, `load` is the first heavy step."""
 
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from lora_alpaca.artifacts import adapter_folder, run_record
+from lora_alpaca.artifacts import adapter_folder
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.data import Rows, cache, held_out, preparation
 from lora_alpaca.data.encoding import Encoder
-from lora_alpaca.data.examples import Examples
 from lora_alpaca.data.preparation import Prepared
-from lora_alpaca.data.statistics import Statistics
 from lora_alpaca.data.tokenization import hash_tokenizer
 from lora_alpaca.distributed.world import World
 from lora_alpaca.errors import DataError
 from lora_alpaca.models import lora
-from lora_alpaca.models.base import Base, load_base, locate_base
-from lora_alpaca.models.device import DeviceSpec
+from lora_alpaca.models.base import load_base, locate_base
 from lora_alpaca.models.fingerprint import hash_base
 from lora_alpaca.models.lora import LoraAdapter
 from lora_alpaca.models.tokenizer import load_tokenizer
 from lora_alpaca.planning import preflight
-from lora_alpaca.planning.estimate import ModelSize
 from lora_alpaca.planning.plan import Plan, fill_defaults
 from lora_alpaca.prompts import AnyTemplate, fitting_template, load_template
 from lora_alpaca.storage.paths import user_path
+from lora_alpaca.training.job import Job
 from lora_alpaca.training.progress import Progress
 from lora_alpaca.training.resume import Start
-
-
-@dataclass(frozen=True)
-class Job:
-    """A run before its base is loaded: options, base, tokenizer, template and examples, all checked."""
-
-    config: FinetuneConfig
-    base: Base
-    spec: DeviceSpec
-    tokenizer: Any
-    template: AnyTemplate
-    train: Examples
-    validation: Examples
-    statistics: Statistics
-    size: ModelSize
-    hashes: dict[str, str]  # sha256 of base, tokenizer, data and validation split, by their names in the record
-
-    def record(self, world_size: int) -> dict[str, Any]:
-        """Return the record of a run of this job that begins."""
-        return run_record.describe(
-            self.config, self.base, self.spec, self.template, self.statistics, world_size, self.hashes
-        )
 
 
 def prepare(config: FinetuneConfig, rows: Rows | None, world: World, start: Start, progress: Progress) -> Job:
