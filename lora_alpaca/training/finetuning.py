@@ -10,7 +10,7 @@ import torch
 
 from lora_alpaca import data
 from lora_alpaca.artifacts import adapter_folder, checkpoint, prompt_contract, run_record
-from lora_alpaca.artifacts.adapter_folder import Adapter
+from lora_alpaca.artifacts.adapter_folder import TrainedAdapter
 from lora_alpaca.artifacts.run_record import RunResult
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.data import Rows, cache, preparation
@@ -94,7 +94,8 @@ def train(config: FinetuneConfig, rows: Rows | None = None) -> RunResult:
         say(f"base: {base.name}, {ranks.spec}", f"plan: {plan}")
 
         torch.manual_seed(config.seed)  # the adapter's first weights are the same on every rank
-        model = load_base(base, ranks.spec)  # the first heavy step
+        model, notes = load_base(base, ranks.spec)  # the first heavy step
+        say(*notes)
         if config.init_adapter:
             start = user_path(config.init_adapter)
             model = adapter_folder.load(model, start, trainable=True, dropout=config.lora_dropout)
@@ -147,7 +148,7 @@ def train(config: FinetuneConfig, rows: Rows | None = None) -> RunResult:
                 state = progress.best or lora.state(model)
                 stop_ids = prompt_contract.stop_ids(model.generation_config.eos_token_id, tokenizer, template)
                 contract = prompt_contract.build(tokenizer, template, stop_ids, train)
-                _save(Adapter(state, lora.peft_config(model), tokenizer, contract, record), run)
+                _save(TrainedAdapter(state, lora.peft_config(model), tokenizer, contract, record), run)
             ranks.wait()
         ranks.keep_model(config, output_dir)
         say(f"adapter saved in {output_dir}: {run.steps} steps in {minutes(run.seconds)}{_gain(run)}")
@@ -163,18 +164,18 @@ def _bytes_written(model: Any, config: FinetuneConfig, plan: Plan) -> int:
     return 4 * adapter * (kept + 1)
 
 
-def _save(adapter: Adapter, run: RunResult) -> None:
+def _save(adapter: TrainedAdapter, run: RunResult) -> None:
     """Save the adapter. Where its folder cannot be written to, it is put where temporary files are, and that is said.
 
     Raises TrainingError naming that folder.
     """
     try:
-        adapter.save(run.output_dir, run)
+        adapter_folder.save(run.output_dir, adapter, run)
     except OSError as error:
         what = f"--output_dir {run.output_dir}: the adapter could not be saved there ({error.strerror or error})"
         try:
             elsewhere = Path(tempfile.mkdtemp(prefix="lora-alpaca-"))
-            adapter.save(elsewhere, replace(run, output_dir=elsewhere))
+            adapter_folder.save(elsewhere, adapter, replace(run, output_dir=elsewhere))
         except OSError:
             raise TrainingError(
                 f"{what}, nor in {tempfile.gettempdir()}; free space, and --resume goes on from the last checkpoint"
