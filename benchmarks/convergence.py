@@ -111,7 +111,7 @@ def start(config: FinetuneConfig) -> State:
     """Return the adapter that `finetune` starts from with a seed."""
     base = locate_base(config.base_model)
     torch.manual_seed(config.seed)
-    return lora.state(lora.attach(load_base(base, choose_device(config)[0]), config, base))
+    return lora.state(lora.attach(load_base(base, choose_device(config)[0])[0], config, base))
 
 
 # ------------------------------------------------------------------------------------------------ the two trainings
@@ -130,7 +130,7 @@ def recipe(task: Task, config: FinetuneConfig, first: State) -> tuple[States, Cu
     """Train by the alpaca-lora recipe; return its adapters, and the training losses between them."""
     plan = resolve(config, len(task.train), 1)
     base, spec = locate_base(config.base_model), choose_device(config)[0]
-    model = lora.attach(rivals.prepared(load_base(base, spec), "alpaca-lora"), config, base)
+    model = lora.attach(rivals.prepared(load_base(base, spec)[0], "alpaca-lora"), config, base)
     lora.set_state(model, first, "the first adapter")
     optimizer = torch.optim.AdamW(
         lora.trainable_parameters(model), lr=config.learning_rate, weight_decay=config.weight_decay
@@ -211,7 +211,7 @@ def losses(task: Task, config: FinetuneConfig, states: States) -> Curve:
     """Return the validation loss of adapters by step, each put on one base and measured by our own validation."""
     with World(config) as world:
         base = locate_base(config.base_model)
-        model = lora.attach(load_base(base, world.spec), config, base)
+        model = lora.attach(load_base(base, world.spec)[0], config, base)
         choices = EngineChoices(engine="packed", token_budget=CPU_TOKENS, micro_batch_size=1)
         with fitted(model, choices, world.spec, 0, task.validation, world.autocast) as (engine, _):
             stepper = Stepper(engine, LoraAdapter(model), Replicated(world), world, config, print)

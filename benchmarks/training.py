@@ -101,7 +101,7 @@ class Bench:
         if (bits, name) not in self._models:
             spec = DeviceSpec(self.world.device, self.dtype, bits)
             base = locate_base(str(self.folder))
-            model = rivals.prepared(load_base(base, spec), name)
+            model = rivals.prepared(load_base(base, spec)[0], name)
             torch.manual_seed(0)
             model = lora.attach(model, FinetuneConfig(lora_dropout=self.dropout), base)
             for parameter_name, parameter in model.named_parameters():

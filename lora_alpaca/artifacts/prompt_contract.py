@@ -1,8 +1,8 @@
 """The prompt contract: which prompt a model was trained with, down to the token, in a file beside its weights.
 
-`prompt_contract.json` holds the template itself, what identifies the tokenizer, the tokens that stop an answer, and
-a few golden rows as they were encoded. Generation and export encode them again, and refuse at the first token that
-is another one. Of the user's own rows there are hashes only: an adapter is published, private rows are not.
+`prompt_contract.json` holds the template, the identity of the tokenizer, the tokens that stop an answer, and a few
+golden rows with their token ids. Generation and export encode the golden rows again, and refuse the model at the
+first token that differs. The user's own rows are only hashed: an adapter is published, private rows are not.
 """
 
 import hashlib
@@ -52,14 +52,14 @@ GOLDEN = (  # what has gone wrong before: inputs, white space at the seam, scrip
 
 @dataclass(frozen=True)
 class PromptContract:
-    """What `prompt_contract.json` holds. `template` is not bound to a tokenizer yet."""
+    """The content of `prompt_contract.json`, and `where` it was read. `template` is not bound to a tokenizer yet."""
 
     template: AnyTemplate
     content: dict[str, Any]
     where: str
 
-    def template_asked(self, asked: str) -> AnyTemplate:
-        """Return the template, having made sure that the one asked for by a flag, if any, is the same."""
+    def require_template(self, asked: str) -> AnyTemplate:
+        """Return the template. Raises TemplateError if --prompt_template asks for another one."""
         if not asked or (asked == "chat" and isinstance(self.template, ChatTemplate)):
             return self.template
         if load_template(asked).digest() != self.template.digest():
@@ -69,63 +69,64 @@ class PromptContract:
             )
         return self.template
 
-    def keep(self, tokenizer: Any) -> AnyTemplate:
-        """Return the template bound to a tokenizer that gives the tokens of training.
+    def bind(self, tokenizer: Any) -> AnyTemplate:
+        """Return the template bound to a tokenizer.
 
-        Raises ContractError naming the first token that is another one.
+        Raises ContractError, naming the first token that differs, for a tokenizer that is not the one of training.
         """
-        self._check_tokens(tokenizer)
+        self._require_same_special_tokens(tokenizer)
         template = self.template.bound(tokenizer)
-        now = _golden(tokenizer, template)
+        now = _encode_golden(tokenizer, template)
         for before, after in zip(self.content["golden"], now, strict=False):
-            self._check_row(before, after)
+            self._require_same_row(before, after)
         if len(now) != len(self.content["golden"]):
             raise ContractError(f"{self.where}: the template takes other conversations than in training")
         if template.digest() != self.content["template_sha256"]:
-            raise ContractError(f"{self.where}: {FILE} holds another template than in training; {_WAY_OUT}")
-        if _vocabulary(tokenizer) != self.content["tokenizer"]["vocabulary_sha256"]:
-            raise ContractError(f"{self.where}: the tokenizer has another vocabulary than in training; {_WAY_OUT}")
+            raise ContractError(f"{self.where}: {FILE} holds another template than in training; {_REMEDY}")
+        if _vocabulary_sha256(tokenizer) != self.content["tokenizer"]["vocabulary_sha256"]:
+            raise ContractError(f"{self.where}: the tokenizer has another vocabulary than in training; {_REMEDY}")
         return template
 
-    def _check_tokens(self, tokenizer: Any) -> None:
-        before, now = self.content["tokenizer"], _identity(tokenizer)
+    def _require_same_special_tokens(self, tokenizer: Any) -> None:
+        """Raise ContractError at the first special or added token that was another one in training."""
+        before, now = self.content["tokenizer"], _tokenizer_identity(tokenizer)
         for kind in ("special", "added"):
             for token in [*before[kind], *now[kind]]:
                 was, is_now = before[kind].get(token), now[kind].get(token)
                 if was != is_now:
                     raise ContractError(
                         f"{self.where}: the tokenizer's {kind} token {token!r} is {_named(is_now)}, and was "
-                        f"{_named(was)} in training; {_WAY_OUT}"
+                        f"{_named(was)} in training; {_REMEDY}"
                     )
 
-    def _check_row(self, before: dict[str, Any], after: dict[str, Any]) -> None:
-        """Raise ContractError at the first token of a golden row that is another one, or for another label."""
+    def _require_same_row(self, before: dict[str, Any], after: dict[str, Any]) -> None:
+        """Raise ContractError at the first token of a golden row that differs, and for different labels."""
         old, new = (list(zip(row["tokens"], row["ids"], strict=True)) for row in (before, after))
-        place = next((n for n, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
+        position = next((n for n, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
         if old != new:
             raise ContractError(
-                f"{self.where}: token {place + 1} of a golden prompt is {_token(new, place)}, and was "
-                f"{_token(old, place)} in training, after {before['text'][:24]!r}...; {_WAY_OUT}"
+                f"{self.where}: token {position + 1} of a golden prompt is {_token(new, position)}, and was "
+                f"{_token(old, position)} in training, after {before['text'][:24]!r}...; {_REMEDY}"
             )
         different = [key for key in before if before[key] != after.get(key)]
         if different:
             raise ContractError(f"{self.where}: a golden row has another {' and '.join(different)} than in training")
 
 
-_WAY_OUT = "use the tokenizer and template of this folder unchanged, or train anew"
+_REMEDY = "use the tokenizer and template of this folder unchanged, or train anew"
 
 
 def build(
     tokenizer: Any, template: AnyTemplate, stop_ids: Sequence[int], train: Examples | None = None
 ) -> dict[str, Any]:
-    """Return the content of the file for a template bound to its tokenizer, and the rows trained on, where known."""
+    """Return the content of a contract: the template, bound to its tokenizer, and hashes of the rows trained on."""
     return {
         "format": FORMAT,
         "template": template.to_json(),
         "template_sha256": template.digest(),
-        "tokenizer": _identity(tokenizer),
+        "tokenizer": _tokenizer_identity(tokenizer),
         "stop_ids": list(stop_ids),
-        "golden": _golden(tokenizer, template),
+        "golden": _encode_golden(tokenizer, template),
         "rows_sha256": [] if train is None else row_hashes(train),
     }
 
@@ -148,34 +149,34 @@ def read(folder: Path) -> PromptContract | None:
 
 
 def row_hashes(train: Examples) -> list[str]:
-    """Return sha256 of the tokens and learned stretches of a few rows, evenly spread."""
+    """Return the sha256 of the tokens and learned spans of a few rows, evenly spread."""
     step = max(1, len(train) // HASHED_ROWS)
     rows = [train[row] for row in range(0, len(train), step)[:HASHED_ROWS]]
     return [_sha256([row.ids.tolist(), row.spans]) for row in rows]
 
 
-def _identity(tokenizer: Any) -> dict[str, Any]:
-    """Return what tells a tokenizer from others: special and added tokens with their ids, and hashes of the rest."""
+def _tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
+    """Return the identity of a tokenizer: special and added tokens with their ids, and hashes of the rest."""
     names = ("bos", "eos", "unk", "pad")
     return {
         "class": type(tokenizer).__name__,
         "tokens": len(tokenizer),
         "sha256": hash_tokenizer(tokenizer),
-        "vocabulary_sha256": _vocabulary(tokenizer),
+        "vocabulary_sha256": _vocabulary_sha256(tokenizer),
         "special": {name: _described(tokenizer, getattr(tokenizer, f"{name}_token_id")) for name in names},
         "added": {token.content: number for number, token in tokenizer.added_tokens_decoder.items()},
     }
 
 
-def _vocabulary(tokenizer: Any) -> str:
-    """Return a hash of tokens, ids and merges, which does not depend on how a version of the library writes them."""
+def _vocabulary_sha256(tokenizer: Any) -> str:
+    """Return a hash of tokens, ids and merges that is the same in every version of the tokenizers library."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     model = {} if backend is None else json.loads(backend.to_str())["model"]
     return _sha256([sorted(tokenizer.get_vocab().items()), model.get("merges")])
 
 
-def _golden(tokenizer: Any, template: AnyTemplate) -> list[dict[str, Any]]:
-    """Return the golden conversations that a template takes, as it and the tokenizer make them now."""
+def _encode_golden(tokenizer: Any, template: AnyTemplate) -> list[dict[str, Any]]:
+    """Return the golden conversations that a template takes, encoded with it and the tokenizer."""
     encoder = Encoder.for_prompts(tokenizer, template)
     rows = []
     for conversation in GOLDEN:
@@ -211,8 +212,8 @@ def _named(token: int | str | None) -> str:
     return "missing" if token is None else f"id {token}" if isinstance(token, int) else token
 
 
-def _token(tokens: list[tuple[str, int]], place: int) -> str:
-    return f"{tokens[place][0]!r} (id {tokens[place][1]})" if place < len(tokens) else "missing"
+def _token(tokens: list[tuple[str, int]], position: int) -> str:
+    return f"{tokens[position][0]!r} (id {tokens[position][1]})" if position < len(tokens) else "missing"
 
 
 def _sha256(value: Any) -> str:

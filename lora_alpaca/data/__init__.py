@@ -3,7 +3,7 @@
 `readers` read bytes to raw rows, `formats` makes conversations of them, `rows` has them all, checked and counted.
 `tokenization` and `encoding` make token ids, `examples` holds them, `preparation` is the whole stage in one stream,
 `cache` keeps what it made, `statistics` counts what became of the rows. `sampler` says which rows make a step,
-`visualization` shows rows as training sees them.
+`detokenization` makes text of token ids, `visualization` shows rows as training sees them.
 """
 
 from lora_alpaca.data.rows import Rows, demo_file, gc_disabled, held_out

@@ -12,6 +12,7 @@ from functools import cached_property
 from operator import itemgetter
 from typing import Any, Literal
 
+from lora_alpaca.data.detokenization import IncrementalDecoder
 from lora_alpaca.errors import ModelError
 from lora_alpaca.prompts import EOS, Fragment
 
@@ -65,16 +66,10 @@ class TextEncoder:
 
         A token that holds part of a character has an empty text, and the last part the character.
         """
-        pieces: list[str] = []
-        before = done = 0  # the window to decode begins one piece before what is done, since the first may lose a space
-        for number in range(len(ids)):
-            shown, now = self._decoded(ids[before:done]), self._decoded(ids[before : number + 1])
-            ready = len(now) > len(shown) and not now.endswith("\ufffd")
-            pieces.append(now[len(shown) :] if ready else "")
-            if ready:
-                before, done = done, number + 1
-        if pieces and done < len(ids):  # half a character at the very end
-            pieces[-1] = self._decoded(ids[before:])[len(self._decoded(ids[before:done])) :]
+        decoder = IncrementalDecoder(self._decoded)
+        pieces = [decoder.add(token) for token in ids]
+        if pieces:
+            pieces[-1] += decoder.flush()
         return pieces
 
     def _decoded(self, ids: Sequence[int]) -> str:

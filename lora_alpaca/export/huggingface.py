@@ -1,33 +1,45 @@
-"""Merge an adapter into its base, prove that the result answers as base + adapter does, and save it whole.
+"""A merged model as an ordinary transformers folder, with tokenizer, stop ids, prompt contract and receipt.
 
-The merge is done on the unquantised base, in fp32 where the memory is there: W + scale * B A, rounded once. What is
-saved is an ordinary transformers folder with tokenizer, stop ids, and the prompt template in `lora_alpaca.json`.
+The adapter is merged into the unquantised base, in fp32 if the memory suffices, and the result is rounded once.
 """
 
-import os
 import shutil
-from dataclasses import replace
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
 from lora_alpaca.artifacts import adapter_folder, prompt_contract, run_record
-from lora_alpaca.artifacts.source import UNCHECKED, agreed_template
+from lora_alpaca.artifacts.source import ModelSource, named_base, open_adapter
 from lora_alpaca.config import ExportConfig
 from lora_alpaca.errors import AdapterError, FolderError, ModelError
+from lora_alpaca.export.merge import merge
 from lora_alpaca.export.receipt import compare, logits, probe_ids, rounding, summary
-from lora_alpaca.models import lora, memory
-from lora_alpaca.models.base import Base, load_base, locate_base
+from lora_alpaca.models import memory
+from lora_alpaca.models.base import Base, load_base
 from lora_alpaca.models.device import DTYPES, DeviceSpec, pick_device
 from lora_alpaca.models.fingerprint import weight_hashes
 from lora_alpaca.models.memory import gigabytes
 from lora_alpaca.models.meta import memory_bytes, meta_model
-from lora_alpaca.models.tokenizer import load_tokenizer
 from lora_alpaca.planning.preflight import check_base_fits
+from lora_alpaca.prompts import AnyTemplate
 from lora_alpaca.storage import atomic
 from lora_alpaca.storage.output_folder import RECORD, OutputFolder
 from lora_alpaca.storage.paths import files_below, user_path
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merged model in the dtype that it is saved in, and what is saved with it."""
+
+    model: Any
+    source: ModelSource
+    tokenizer: Any
+    template: AnyTemplate
+    receipt: dict[str, Any]
 
 
 def export_hf(config: ExportConfig) -> Path:
@@ -36,91 +48,66 @@ def export_hf(config: ExportConfig) -> Path:
     Raises AdapterError for an adapter that does not fit or changes nothing, and ExportError if the merged model's
     logits are not those of base + adapter; in both cases nothing is written.
     """
-    output_dir, adapter = user_path(config.output_dir), user_path(config.lora_weights)
+    output_dir = user_path(config.output_dir)
+    source = _open(config, output_dir)
+    stored = source.base.config.get_text_config().dtype or torch.float32
+    saved = stored if config.dtype == "auto" else DTYPES[config.dtype]
+    _check(source, output_dir, saved)
+    spec = DeviceSpec(pick_device("cpu" if config.device == "auto" else config.device), stored, bits=16)
+    check_base_fits(source.base, spec)
+    _print(source.verify())
+    merged = _merge(source, spec, saved)
+    notes = _publish(merged, output_dir, config.overwrite)
+    _print([*notes, summary(merged.receipt), f"merged model saved in {output_dir}"])
+    return output_dir
+
+
+def _open(config: ExportConfig, output_dir: Path) -> ModelSource:
+    """Return the adapter that a config names and its base. Raises where there is no adapter, or no folder to write."""
+    adapter = user_path(config.lora_weights)
     if not adapter.exists():
         raise AdapterError(
             f"--lora_weights {adapter}: no adapter there; train one first: python finetune.py --output_dir {adapter}"
         )
     adapter_folder.require_adapter("--lora_weights", adapter)
-    folder = OutputFolder(output_dir)
-    folder.check(config.overwrite, "remove it, or pass --overwrite")
-    origin = adapter_folder.read_info(adapter)
-    template = agreed_template(config.prompt_template, origin.contract, str(adapter))
-    if origin.contract is None:
-        print(UNCHECKED)
-    named = config.base_model or os.environ.get("BASE_MODEL", "") or origin.base_model
-    if not named:
-        raise AdapterError(f"{adapter} does not record its base model; name it with --base_model")
-    if named != origin.base_model and origin.base_model:
-        print(f"merging into {named}, as asked; the adapter records {origin.base_model}")
-    revision = config.revision or (origin.base_revision if named == origin.base_model else None)
-    base = locate_base(named, revision, config.trust_remote_code)
-    stored = base.config.get_text_config().dtype or torch.float32
-    target = stored if config.dtype == "auto" else DTYPES[config.dtype]
-    _check_places(base, adapter, output_dir, target)
-    device = pick_device("cpu" if config.device == "auto" else config.device)
-    check_base_fits(base, spec := DeviceSpec(device, stored, bits=16))
-    for warning in adapter_folder.verify(adapter, origin, base):
-        print(warning)
-    tokenizer = load_tokenizer(base, adapter if (adapter / "tokenizer_config.json").is_file() else None)
-    template = origin.contract.keep(tokenizer) if origin.contract else template.bound(tokenizer)
-
-    model = load_base(base, spec)
-    if _fits_in_fp32(model, device):
-        model = model.float()
-    print(f"merging {adapter} into {base.name} in {str(model.dtype).removeprefix('torch.')}")
-    peft_model = adapter_folder.load(model, adapter).eval()
-
-    probes = probe_ids(tokenizer, template)
-    with peft_model.disable_adapter():
-        plain = logits(peft_model, probes)
-    tuned = logits(peft_model, probes)
-    changed = _merge(peft_model, adapter)
-    merged = peft_model.unload()  # the layers are merged already
-    receipt = compare(plain, tuned, logits(merged, probes), exact=merged.dtype == torch.float32)
-    merged = merged.to(target)
-    receipt |= rounding(plain, tuned, logits(merged, probes), target) | {"changed_weights": changed}
-
-    stop_ids = prompt_contract.stop_ids(merged.generation_config.eos_token_id, tokenizer, template)
-    merged.generation_config.eos_token_id = stop_ids or None
-    contract = origin.contract.content if origin.contract else prompt_contract.build(tokenizer, template, stop_ids)
-    with folder.staging() as stage:
-        merged.save_pretrained(stage)
-        tokenizer.save_pretrained(stage)
-        atomic.write(stage / prompt_contract.FILE, atomic.as_json(contract))
-        record = {
-            "kind": "merged model",
-            "status": "finished",
-            "base_model": base.name,
-            "base_revision": base.revision,
-            "adapter": str(adapter.resolve()),
-            "stop_ids": stop_ids,
-            "receipt": receipt,
-            "weights": weight_hashes(replace(base, path=str(stage), revision=None)),
-            "versions": run_record.versions(),
-            "files": files_below(stage),
-        }
-        atomic.write(stage / RECORD, atomic.as_json(record))
-        atomic.fsync_tree(stage)
-        notes = folder.publish(stage, config.overwrite)
-    print(*notes, summary(receipt), f"merged model saved in {output_dir}", sep="\n")
-    return output_dir
+    OutputFolder(output_dir).check(config.overwrite, "remove it, or pass --overwrite")
+    source = open_adapter(adapter, config.base_model, config.revision, config.prompt_template, config.trust_remote_code)
+    _print(source.notes)
+    named, recorded = named_base(config.base_model), source.info.base_model if source.info else ""
+    if named and recorded and named != recorded:
+        _print([f"merging into {named}, as asked; the adapter records {recorded}"])
+    return source
 
 
-def _check_places(base: Base, adapter: Path, output_dir: Path, dtype: torch.dtype) -> None:
-    """Raise where the merge must not be made: from a quantised base, onto what it is made from, or onto a full disk."""
+def _check(source: ModelSource, output_dir: Path, saved: torch.dtype) -> None:
+    """Raise ModelError for a quantised base, FolderError for a folder that is read from and for a full disk."""
+    base = source.base
     if getattr(base.config, "quantization_config", None):
         raise ModelError(
             f"--base_model {base.name} is stored quantised; merging needs full precision: name the model that it was "
             "quantised from"
         )
-    for flag, source in (("--base_model", Path(base.path)), ("--lora_weights", adapter)):
-        if output_dir.exists() and source.exists() and output_dir.samefile(source):
+    for flag, read in (("--base_model", Path(base.path)), ("--lora_weights", source.adapter)):
+        if read is not None and output_dir.exists() and read.exists() and output_dir.samefile(read):
             raise FolderError(f"--output_dir {output_dir} is the folder of {flag}; name another folder")
+    if (needed := merged_bytes(base, saved)) is not None:
+        _require_space(output_dir, needed)
+
+
+def merged_bytes(base: Base, dtype: torch.dtype) -> int | None:
+    """Return the bytes that the files of a merged model take, None if the model's own code cannot tell its size."""
+    bare = meta_model(base)
+    return None if bare is None else memory_bytes(bare, DeviceSpec(torch.device("cpu"), dtype, bits=16))
+
+
+def fits_in_fp32(num_parameters: int, free: int) -> bool:
+    """Return whether a model fits into `free` bytes in fp32, with a fifth of them to spare."""
+    return num_parameters * torch.float32.itemsize < 0.8 * free
+
+
+def _require_space(output_dir: Path, needed: int) -> None:
+    """Raise FolderError if the disk of a folder has fewer than `needed` bytes left."""
     above = next(parent for parent in output_dir.resolve().parents if parent.exists())
-    if (bare := meta_model(base)) is None:
-        return
-    needed = memory_bytes(bare, DeviceSpec(torch.device("cpu"), dtype, bits=16))
     if needed > (free := shutil.disk_usage(above).free):
         raise FolderError(
             f"--output_dir {output_dir}: the merged model takes {gigabytes(needed)}, and {gigabytes(free)} are free "
@@ -128,19 +115,65 @@ def _check_places(base: Base, adapter: Path, output_dir: Path, dtype: torch.dtyp
         )
 
 
-def _fits_in_fp32(model: Any, device: torch.device) -> bool:
-    """Return whether the model can be held in fp32 beside its stored weights, with a fifth of the memory to spare."""
-    return sum(parameter.numel() for parameter in model.parameters()) * 4 < 0.8 * memory.free_and_total(device)[0]
+def _merge(source: ModelSource, spec: DeviceSpec, saved: torch.dtype) -> Merged:
+    """Return the merged model in the dtype `saved`, with its receipt. Raises AdapterError, ExportError."""
+    assert source.adapter is not None
+    tokenizer, template = source.load_tokenizer()
+    model, notes = load_base(source.base, spec)
+    _print(notes, sys.stderr)
+    if fits_in_fp32(sum(parameter.numel() for parameter in model.parameters()), memory.free_and_total(spec.device)[0]):
+        model = model.float()
+    _print([f"merging {source.adapter} into {source.base.name} in {str(model.dtype).removeprefix('torch.')}"])
+    model = adapter_folder.load(model, source.adapter).eval()
 
-
-def _merge(model: Any, adapter: Path) -> int:
-    """Merge layer by layer and return how many weights changed; AdapterError if none does."""
-    changed = 0
-    for layer in lora.lora_layers(model):
-        weight = layer.get_base_layer().weight
-        before = weight.detach().clone()
-        layer.merge(safe_merge=True)  # raises on NaN before it touches the weight
-        changed += int(not torch.equal(before, layer.get_base_layer().weight))
+    probes = probe_ids(tokenizer, template)
+    with model.disable_adapter():
+        plain = logits(model, probes)
+    tuned = logits(model, probes)
+    model, changed = merge(model)
     if not changed:
-        raise AdapterError(f"{adapter}: merging it changes no weight; the adapter is empty (B is zero)")
-    return changed
+        raise AdapterError(f"{source.adapter}: merging it changes no weight; the adapter is empty (B is zero)")
+    receipt = compare(plain, tuned, logits(model, probes), exact=model.dtype == torch.float32)
+    model = model.to(saved)
+    receipt |= rounding(plain, tuned, logits(model, probes), saved) | {"changed_weights": changed}
+    return Merged(model, source, tokenizer, template, receipt)
+
+
+def _publish(merged: Merged, output_dir: Path, overwrite: bool) -> list[str]:
+    """Write a merged model into a staging folder, move that into place, and return notes on what made room for it."""
+    model, tokenizer, source = merged.model, merged.tokenizer, merged.source
+    stop_ids = prompt_contract.stop_ids(model.generation_config.eos_token_id, tokenizer, merged.template)
+    model.generation_config.eos_token_id = stop_ids or None
+    recorded = source.contract.content if source.contract else None
+    folder = OutputFolder(output_dir)
+    with folder.staging() as stage:
+        model.save_pretrained(stage)
+        tokenizer.save_pretrained(stage)
+        contract = recorded or prompt_contract.build(tokenizer, merged.template, stop_ids)
+        atomic.write(stage / prompt_contract.FILE, atomic.as_json(contract))
+        atomic.write(stage / RECORD, atomic.as_json(_record(merged, stop_ids, stage)))
+        atomic.fsync_tree(stage)
+        return folder.publish(stage, overwrite)
+
+
+def _record(merged: Merged, stop_ids: list[int], stage: Path) -> dict[str, Any]:
+    """Return the record of a merged model whose other files are in a staging folder."""
+    base, adapter = merged.source.base, merged.source.adapter
+    assert adapter is not None
+    return {
+        "kind": "merged model",
+        "status": "finished",
+        "base_model": base.name,
+        "base_revision": base.revision,
+        "adapter": str(adapter.resolve()),
+        "stop_ids": stop_ids,
+        "receipt": merged.receipt,
+        "weights": weight_hashes(replace(base, path=str(stage), revision=None)),
+        "versions": run_record.versions(),
+        "files": files_below(stage),
+    }
+
+
+def _print(notes: Iterable[str], file: TextIO | None = None) -> None:
+    for note in notes:
+        print(note, file=file)

@@ -1,4 +1,4 @@
-"""The proof that a merged model answers as base + adapter does."""
+"""The receipt of a merge: proof that the merged model answers as base + adapter does."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ FP32_TOLERANCE = 1e-4  # of the largest logit
 
 
 def probe_ids(tokenizer: Any, template: AnyTemplate) -> list[torch.Tensor]:
-    """Return a few prompts as the adapter was trained to read them, int64 [1, T] each."""
+    """Return a few prompts, encoded as in training, int64 [1, T] each."""
     encoder = Encoder.for_prompts(tokenizer, template)
     return [torch.tensor([encoder.prompt(Conversation.of(*probe))]) for probe in PROBES]
 
@@ -29,10 +29,10 @@ def logits(model: Any, probes: list[torch.Tensor]) -> torch.Tensor:
 
 
 def compare(plain: torch.Tensor, tuned: torch.Tensor, merged: torch.Tensor, exact: bool) -> dict[str, float]:
-    """Return the receipt of the merge; ExportError if the merged logits are not those of base + adapter.
+    """Return the receipt of a merge. Raises ExportError if the merged logits are not those of base + adapter.
 
-    In fp32 they must agree to 1e-4. In a shorter precision both sides carry its noise, so the merged logits must at
-    least be ten times nearer to base + adapter than to the base, or within that precision's noise.
+    In fp32 the two must agree to 1e-4. In a shorter precision both carry rounding noise, so the merged logits must be
+    ten times nearer to base + adapter than to the base, or within the noise.
     """
     error = ((merged - tuned).abs().max() / tuned.abs().max()).item()
     effect = ((tuned - plain).abs().max() / tuned.abs().max()).item()
@@ -46,13 +46,14 @@ def compare(plain: torch.Tensor, tuned: torch.Tensor, merged: torch.Tensor, exac
 
 
 def rounding(plain: torch.Tensor, tuned: torch.Tensor, saved: torch.Tensor, dtype: torch.dtype) -> dict[str, Any]:
-    """Return what rounding to the saved dtype did: its share of the adapter's effect, and the top tokens it kept."""
+    """Return the effect of rounding to the saved dtype: its share of the adapter's effect, and the top tokens kept."""
     lost = ((saved - tuned).norm() / (tuned - plain).norm().clamp_min(1e-12)).item()
     same = (saved.argmax(-1) == tuned.argmax(-1)).float().mean().item()
     return {"saved_dtype": str(dtype).removeprefix("torch."), "rounding_share": lost, "same_top_token": same}
 
 
 def summary(receipt: dict[str, Any]) -> str:
+    """Return a receipt in a sentence, and a warning where rounding loses half of what the adapter changes."""
     line = (
         f"merge checked: {receipt['changed_weights']} weights changed; "
         f"logits equal base + adapter to {receipt['merge_error']:.1e}; "

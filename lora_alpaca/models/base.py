@@ -78,8 +78,11 @@ def locate_base(name: str, revision: str | None = None, trust_remote_code: bool 
     return Base(path if local and name != DEMO else name, path, commit, trust_remote_code, config)
 
 
-def load_base(base: Base, spec: DeviceSpec) -> Any:
-    """Return the frozen causal language model on its device, in eval mode. Raises ModelError for missing weights."""
+def load_base(base: Base, spec: DeviceSpec) -> tuple[Any, list[str]]:
+    """Return the frozen causal language model on its device, in eval mode, and notes on weights that were left out.
+
+    Raises ModelError for missing weights.
+    """
     weight_files(base)
     with as_model_error(f"--base_model {base.name}"), _without_report():
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
@@ -93,14 +96,14 @@ def load_base(base: Base, spec: DeviceSpec) -> Any:
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    _require_all_weights(base, model, found)
+    notes = _require_all_weights(base, model, found)
     quantization.disable_repacking(model)
     if spec.bits != 16:  # what was not quantised is a view of the file, and keeps the whole of it in memory
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.clone()
     model.requires_grad_(False)
-    return model.eval()
+    return model.eval(), notes
 
 
 @contextmanager
@@ -114,8 +117,8 @@ def _without_report() -> Iterator[None]:
         transformers.utils.logging.set_verbosity(before)
 
 
-def _require_all_weights(base: Base, model: Any, found: dict[str, Any]) -> None:
-    """Raise ModelError where weights of the model are in no file; warn where weights of the files are left out."""
+def _require_all_weights(base: Base, model: Any, found: dict[str, Any]) -> list[str]:
+    """Return a note if weights of the files were left out. Raises ModelError if the files lack weights of the model."""
     weights = {name for name, _ in model.named_parameters()}
     left = sorted(weights & {*found["missing_keys"], *(entry[0] for entry in found["mismatched_keys"])})
     if left:
@@ -124,11 +127,9 @@ def _require_all_weights(base: Base, model: Any, found: dict[str, Any]) -> None:
             f"another shape ({len(left)} in all); copy or download it again"
         )
     if extra := sorted(found["unexpected_keys"]):
-        print(
-            f"warning: --base_model {base.name}: {len(extra)} weights of its files have no place in the model, such as "
-            f"{extra[0]}",
-            file=sys.stderr,
-        )
+        what = f"{len(extra)} weights of its files have no place in the model, such as {extra[0]}"
+        return [f"warning: --base_model {base.name}: {what}"]
+    return []
 
 
 def config_file(base: Base) -> Path:

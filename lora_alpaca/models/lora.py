@@ -126,9 +126,9 @@ def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def lora_layers(model: PeftModel) -> list[LoraLayer]:
-    """Return the layers that carry an adapter."""
-    return [part for part in model.modules() if isinstance(part, LoraLayer)]
+def lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
+    """Return the layers that carry an adapter, by their names in the base."""
+    return {name: part for name, part in model.get_base_model().named_modules() if isinstance(part, LoraLayer)}
 
 
 class LoraAdapter:

@@ -8,6 +8,7 @@ import psutil
 import torch
 
 from lora_alpaca.artifacts import adapter_folder
+from lora_alpaca.artifacts.source import verify_adapter
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.errors import ConfigError, ModelError
 from lora_alpaca.models import lora, memory
@@ -53,7 +54,7 @@ def check_model(config: FinetuneConfig, base: Base, spec: DeviceSpec) -> tuple[M
     notes = check_base_fits(base, spec, model)
     if config.init_adapter:
         folder = user_path(config.init_adapter)
-        notes += adapter_folder.verify(folder, adapter_folder.read_info(folder), base)
+        notes += verify_adapter("--init_adapter", folder, base)
         tensors = adapter_folder.read_weights(folder, may_do_nothing=True)
         trainable = sum(tensor.numel() for tensor in tensors.values())
         return model_size(base, spec, model, trainable), notes

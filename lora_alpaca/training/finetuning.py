@@ -43,7 +43,8 @@ def train(config: FinetuneConfig, rows: Rows | None = None) -> RunResult:
         preflight.check_disk(start.output_dir, plan, job.config, job.size)
 
         # 4. Model: the first heavy step; its engine and optimizer
-        trainable = setup.load(job, plan)
+        trainable, notes = setup.load(job, plan)
+        log(*notes)
         pad_id, proven = job.tokenizer.pad_token_id, start.is_proven
         fitting = fitted(trainable.model, plan, job.spec, pad_id, job.train, world.autocast, proven)
         engine, notes = resources.enter_context(fitting)

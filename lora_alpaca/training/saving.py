@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lora_alpaca.artifacts import prompt_contract
-from lora_alpaca.artifacts.adapter_folder import Adapter
+from lora_alpaca.artifacts import adapter_folder, prompt_contract
+from lora_alpaca.artifacts.adapter_folder import TrainedAdapter
 from lora_alpaca.artifacts.run_record import RunResult
 from lora_alpaca.errors import TrainingError
 from lora_alpaca.models.trainable import State, Trainable
@@ -21,14 +21,14 @@ def save_adapter(trainable: Trainable, state: State, job: Job, record: dict[str,
     generation = trainable.model.generation_config
     stop_ids = prompt_contract.stop_ids(generation.eos_token_id, job.tokenizer, job.template)
     contract = prompt_contract.build(job.tokenizer, job.template, stop_ids, job.train)
-    adapter = Adapter(state, trainable.config(), job.tokenizer, contract, record)
+    adapter = TrainedAdapter(state, trainable.config(), job.tokenizer, contract, record)
     try:
-        adapter.save(result.output_dir, result)
+        adapter_folder.save(result.output_dir, adapter, result)
     except OSError as error:
         what = f"--output_dir {result.output_dir}: the adapter could not be saved there ({error.strerror or error})"
         try:
             elsewhere = Path(tempfile.mkdtemp(prefix="lora-alpaca-"))
-            adapter.save(elsewhere, replace(result, output_dir=elsewhere))
+            adapter_folder.save(elsewhere, adapter, replace(result, output_dir=elsewhere))
         except OSError:
             raise TrainingError(
                 f"{what}, nor in {tempfile.gettempdir()}; free space, and --resume goes on from the last checkpoint"

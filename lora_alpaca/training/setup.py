@@ -92,11 +92,14 @@ def _examples(
         return cache.keep(folder, key, prepared)
 
 
-def load(job: Job, plan: Plan) -> LoraAdapter:
-    """Return the adapter to train, on its base: a new one, or that of --init_adapter. This is the first heavy step."""
+def load(job: Job, plan: Plan) -> tuple[LoraAdapter, list[str]]:
+    """Return the adapter to train, on its base, and notes. This is the first heavy step of a run.
+
+    The adapter is a new one, or that of --init_adapter.
+    """
     config = job.config
     torch.manual_seed(config.seed)  # the adapter's first weights are the same on every rank
-    model = load_base(job.base, job.spec)
+    model, notes = load_base(job.base, job.spec)
     if config.init_adapter:
         folder = user_path(config.init_adapter)
         model = adapter_folder.load(model, folder, trainable=True, dropout=config.lora_dropout)
@@ -105,4 +108,4 @@ def load(job: Job, plan: Plan) -> LoraAdapter:
     if plan.gradient_checkpointing:
         model.enable_input_require_grads()
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    return LoraAdapter(model)
+    return LoraAdapter(model), notes

@@ -402,7 +402,7 @@ def test_names_of_a_later_peft_are_those_of_today(old, tmp_path, adapter):
 def test_a_skeleton_has_the_names_and_shapes_of_the_model(architecture, tiny_model):
     base = locate_base(str(tiny_model(architecture)))
     spec = DeviceSpec(torch.device("cpu"), torch.float32, 16)
-    whole = lora.state(lora.attach(load_base(base, spec), FinetuneConfig(), base))
+    whole = lora.state(lora.attach(load_base(base, spec)[0], FinetuneConfig(), base))
     skeleton = meta_model(base)
     assert all(parameter.is_meta for parameter in skeleton.parameters())
     with torch.device("meta"):

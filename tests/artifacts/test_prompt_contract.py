@@ -87,7 +87,7 @@ def test_the_contract_says_what_was_trained(adapter, tiny_llama):
     assert first["prompt_ids"] == learned[0]
     assert first["ids"][learned[1] - 1] == tokenizer.eos_token_id
     assert tokenizer.decode(first["ids"][slice(*learned)]).endswith("Huascarán.</s>")
-    assert contract.keep(tokenizer).digest() == contract.template.digest()
+    assert contract.bind(tokenizer).digest() == contract.template.digest()
 
 
 def test_private_rows_are_not_published(adapter, rows):
@@ -248,11 +248,11 @@ def test_a_contract_of_a_chat_template_keeps_its_text_and_its_day(tiny_model, mo
     assert "strftime_now" not in content["template"]["chat_template"]
     contract = prompt_contract.PromptContract(template_from_json(content["template"], "", ""), content, "somewhere")
     tokenizer.chat_template = "the tokenizer's own has changed since"
-    assert contract.keep(tokenizer).digest() == template.digest()
+    assert contract.bind(tokenizer).digest() == template.digest()
     content["template"]["chat_template"] += " "
     contract = prompt_contract.PromptContract(template_from_json(content["template"], "", ""), content, "somewhere")
     with pytest.raises(ContractError):
-        contract.keep(tokenizer)
+        contract.bind(tokenizer)
 
 
 def test_a_tokenizer_file_that_does_not_load_is_refused(adapter, tmp_path):

@@ -270,7 +270,7 @@ def quantised(folder, bits):
     spec, base = DeviceSpec(CPU, torch.float32, bits), locate_base(str(folder))
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = lora.attach(load_base(base, spec), FinetuneConfig(lora_dropout=0.0), base)
+        model = lora.attach(load_base(base, spec)[0], FinetuneConfig(lora_dropout=0.0), base)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)

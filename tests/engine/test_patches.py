@@ -129,7 +129,7 @@ def test_a_layer_of_many_rows_is_scaled_as_one():
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_quantised_base_does_not_hold_its_whole_file(bits):
-    model = load_base(locate_base("demo"), DeviceSpec(CPU, torch.float32, bits))
+    model, _ = load_base(locate_base("demo"), DeviceSpec(CPU, torch.float32, bits))
     for name, parameter in model.named_parameters():
         assert parameter.untyped_storage().nbytes() == parameter.nbytes, name
 

@@ -153,7 +153,7 @@ def test_a_4bit_base_is_not_changed_by_evaluating_and_saving(tiny_llama):
 
     config = FinetuneConfig(load_4bit=True, dtype="fp32", device="cpu")
     base = locate_base(str(tiny_llama))
-    model = lora.attach(load_base(base, choose_device(config, default_bits=8)[0]), config, base)
+    model = lora.attach(load_base(base, choose_device(config, default_bits=8)[0])[0], config, base)
     ids = torch.tensor([[1, 5, 9, 30]])
     before = logits(model.eval(), ids)
     lora.state(model)

@@ -17,7 +17,7 @@ LOSS = "lora_alpaca.engine.engines:Engine.loss"  # (engine, batch)
 BATCHES = "lora_alpaca.engine.engines:Packed.batches"  # (engine, examples, ...)
 SAVE = "lora_alpaca.artifacts.checkpoint:save"
 REMOVE = "lora_alpaca.artifacts.checkpoint:remove"  # by a rotation
-FINAL_SAVE = "lora_alpaca.artifacts.adapter_folder:Adapter.save"
+FINAL_SAVE = "lora_alpaca.artifacts.adapter_folder:save"
 
 
 def wrap(name: str, around: Callable[[Any], Any]) -> Callable[[], None]:

@@ -1,8 +1,8 @@
 import pytest
-import torch
 
 from lora_alpaca import GenerateConfig, Generator
 from lora_alpaca.errors import ConfigError
+from lora_alpaca.inference.generator import stripped
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +19,34 @@ def generator(tiny_llama):
 
 
 ASK = ("Where does the owl live?", "")
+
+
+class Scripted:
+    """A token generator that answers with given lists of ids, and remembers what it was asked."""
+
+    def __init__(self, *answer):
+        self.answer, self.asked, self.open = answer, [], 0
+
+    def generate(self, prompt_ids, sampling):
+        self.asked.append((list(prompt_ids), sampling))
+        self.open += 1
+        try:
+            yield from self.answer
+        finally:
+            self.open -= 1
+
+    def generate_batch(self, prompts, sampling):
+        self.asked += [(list(prompt), sampling) for prompt in prompts]
+        return [[token for ids in self.answer for token in ids] for _ in prompts]
+
+    def close(self):
+        pass
+
+
+def scripted(generator, *answer):
+    """Return a generator with the tokenizer and template of another one, and a scripted answer."""
+    tokens = Scripted(*answer)
+    return Generator(generator.model, generator.tokenizer, generator.template, max_length=512, token_generator=tokens)
 
 
 def test_pieces_join_to_the_reply(generator):
@@ -72,26 +100,72 @@ def test_a_batch_answers_as_one_by_one(generator):
 def test_it_stops_at_the_end_token_and_does_not_show_it(generator):
     stop = generator.tokenizer.eos_token_id
     hello = generator.tokenizer("Hello", add_special_tokens=False)["input_ids"]
-    assert generator._decode([*hello, stop, *hello]) == generator._decode(hello)
+    for answer in ([[*hello, stop, *hello]], [[token] for token in (*hello, stop)]):
+        answering = scripted(generator, *answer)
+        assert answering.reply(*ASK) == "Hello"
+        assert answering.reply_batch([ASK]) == ["Hello"]
     assert generator.stop_ids == [stop]
 
 
-@pytest.mark.parametrize("num_beams", [1, 3])
-def test_closing_a_stream_stops_the_model(generator, monkeypatch, num_beams):
-    calls = []
-    forward = generator.model.forward
-    monkeypatch.setattr(generator.model, "forward", lambda *a, **k: (calls.append(1), forward(*a, **k))[1])
-    stream = generator.stream(*ASK, temperature=0, max_new_tokens=400, num_beams=num_beams)
-    next(stream)
-    stream.close()
-    assert len(calls) < 50
+TEXTS = ["  Two words \n\n and a line.  \n", "🦙 Hello, 你好 ", "", " \n ", "One  two\n\n"]
 
 
-def test_an_error_in_the_model_reaches_the_caller(generator, monkeypatch):
-    """Upstream swallows it in the thread: the page just stays empty."""
-    monkeypatch.setattr(generator.model, "forward", lambda *a, **k: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        generator.reply(*ASK)
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_stream_is_stripped_as_the_template_strips_an_answer(generator, text):
+    ids = generator.tokenizer(text, add_special_tokens=False)["input_ids"]
+    answer = generator.template.response(generator.tokenizer.decode(ids))
+    one_by_one = scripted(generator, *([token] for token in ids))
+    pieces = list(one_by_one.stream(*ASK))
+    assert "".join(pieces) == one_by_one.reply(*ASK) == scripted(generator, ids).reply(*ASK) == answer
+    assert len(pieces) == len(ids) + 1
+    assert scripted(generator, ids).reply_batch([ASK]) == [answer]
+
+
+def test_pieces_of_white_space_wait_for_a_text():
+    assert list(stripped([" ", "\n a", " ", " b", "\n", ""])) == ["", "a", "", "  b", "", ""]
+
+
+def test_control_tokens_are_not_shown(generator):
+    hello = generator.tokenizer("Hello", add_special_tokens=False)["input_ids"]
+    bos = generator.tokenizer.bos_token_id
+    assert scripted(generator, [bos], *([token] for token in hello), [bos]).reply(*ASK) == "Hello"
+
+
+def test_a_stream_decodes_in_linear_time(generator):
+    """Counted in decoded tokens: an answer that is decoded anew at every token has half the square of its length."""
+    tokenizer = generator.tokenizer
+    words = tokenizer("Hello, 你好, 🦙! ", add_special_tokens=False)["input_ids"] * 500
+
+    def cost(tokens):
+        decoded = []
+        answering = scripted(generator, *([token] for token in words[:tokens]))
+        decode = tokenizer.decode
+        answering._decode = lambda ids: (decoded.append(len(ids)), decode(ids, skip_special_tokens=True))[1]
+        assert "".join(answering.stream(*ASK)) == decode(words[:tokens]).strip()
+        return sum(decoded)
+
+    assert cost(2000) < 2.5 * cost(1000)
+    assert cost(2000) < 20 * 2000
+
+
+def test_a_reader_who_leaves_stops_the_answer(generator):
+    answering = scripted(generator, [5], [6], [7])
+    for leave in (lambda stream: stream.close(), lambda stream: None):
+        stream = answering.stream(*ASK)
+        next(stream)
+        assert answering.token_generator.open == 1
+        leave(stream)
+        del stream
+        assert answering.token_generator.open == 0
+
+
+def test_two_streams_of_one_reader(generator):
+    """A stream that is read half does not keep the next answer waiting."""
+    alone = generator.reply(*ASK, temperature=0)
+    half_read = generator.stream("Add the numbers.", "2 + 7", temperature=1.5, seed=1)
+    first = next(half_read)
+    assert generator.reply(*ASK, temperature=0) == alone
+    assert first + "".join(half_read) == generator.reply("Add the numbers.", "2 + 7", temperature=1.5, seed=1)
 
 
 def test_a_prompt_longer_than_the_model_is_refused(generator):
@@ -99,30 +173,26 @@ def test_a_prompt_longer_than_the_model_is_refused(generator):
         generator.reply("word " * 600)
 
 
-def test_the_answer_ends_where_the_model_does(generator, monkeypatch):
+def test_the_answer_ends_where_the_model_does(generator):
     long = "word " * 60
-    length = len(generator.prompt_ids(long))
-    assert length < 512
-    outputs = []
-    generate = generator._generate
-    monkeypatch.setattr(generator, "_generate", lambda *args: outputs.append(generate(*args)) or outputs[-1])
-    generator.reply(long, temperature=0, max_new_tokens=100_000)
-    assert outputs[0].shape[1] <= 512
+    answering = scripted(generator, [2])
+    answering.reply(long, max_new_tokens=100_000)
+    [(prompt, sampling)] = answering.token_generator.asked
+    assert sampling.max_new_tokens == 512 - len(prompt) > 0
+    assert generator.reply(long, temperature=0, max_new_tokens=100_000)
 
 
-def test_what_training_saw_is_what_generation_feeds(generator, monkeypatch):
+def test_what_training_saw_is_what_generation_feeds(generator):
     from lora_alpaca.data.encoding import Encoder
     from lora_alpaca.prompts import Conversation
 
-    fed = []
-    monkeypatch.setattr(
-        generator, "_generate", lambda ids, *rest: fed.append(ids[0].tolist()) or torch.tensor([[*ids[0].tolist(), 2]])
-    )
-    generator.reply("Say {input} and </s>.", "Ä 12")
+    answering = scripted(generator, [2])
+    answering.reply("Say {input} and </s>.", "Ä 12")
+    [(fed, _)] = answering.token_generator.asked
     rows = [Conversation.of("Say {input} and </s>.", "Ä 12", "Yes.")]
     example = Encoder.for_prompts(generator.tokenizer, generator.template).encode(rows)[0]
-    assert example.ids[: len(fed[0])].tolist() == fed[0]
-    assert example.labels[len(fed[0]) - 1] == -100 != example.labels[len(fed[0])]
+    assert example.ids[: len(fed)].tolist() == fed
+    assert example.spans[0][0] == len(fed)
 
 
 def test_chat_in_the_terminal(tiny_llama, tmp_path, monkeypatch):

@@ -80,7 +80,7 @@ def test_the_size_of_an_adapter_is_known_before_the_base_is_loaded(tiny_model, a
     config = FinetuneConfig(base_model=str(tiny_model(architecture)), load_8bit=False, **options)
     base, spec = locate_base(config.base_model), DeviceSpec(CPU, torch.float32, 16)
     size, _ = check_model(config, base, spec)
-    model = lora.attach(load_base(base, spec), config, base)
+    model = lora.attach(load_base(base, spec)[0], config, base)
     trained = sum(parameter.numel() for parameter in lora.trainable_parameters(model))
     whole = {id(parameter): parameter.numel() for parameter in model.parameters()}
     assert size.trainable == trained > 0

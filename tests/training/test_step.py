@@ -31,7 +31,7 @@ def with_adapter(folder, spec, **options):
     """Return the model of a folder with an adapter whose B is not zero, the same at every call."""
     config, base = FinetuneConfig(**OPTIONS | options), locate_base(str(folder))
     torch.manual_seed(0)
-    model = lora.attach(load_base(base, spec), config, base)
+    model = lora.attach(load_base(base, spec)[0], config, base)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
