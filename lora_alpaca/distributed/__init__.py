@@ -1,4 +1,4 @@
-"""The processes of a run.
+"""The processes of a run: how they meet, which are alive, and what they agree on.
 
 `rendezvous` is how they meet, `heartbeat` which of them is alive and who failed, `world` what they agree on and
 `strategy` how a model is spread over them.

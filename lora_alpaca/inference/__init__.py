@@ -1,4 +1,5 @@
-"""Answers from a model: `token_generator` makes token ids from token ids, and `generator` text from text.
+"""Answers from a model: streamed, in batches, in a terminal and on a page.
 
-`terminal` answers once or in a chat, `web_page` serves a page with every sampling control.
+`token_generator` makes token ids from token ids, `generator` text from text. `terminal` answers once or in a chat,
+`web_page` serves a page with every sampling control.
 """
