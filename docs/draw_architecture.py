@@ -24,7 +24,7 @@ ROOMS = [room for rooms in TIERS.values() for room in rooms]
 
 BOX, GAP, MARGIN, BETWEEN = 236, 40, 64, 72  # width of a room, between two, around all, between two tiers
 WIDTH = 2 * MARGIN + 4 * BOX + 3 * GAP - 24
-CAPTION, FILES = 33, 32  # letters in a line of a room that is not wide
+CAPTION, FILES = 31, 32  # letters in a line of a room that is not wide
 SANS = "ui-sans-serif, system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
 MONO = "ui-monospace, SFMono-Regular, Menlo, Consolas, monospace"
 LEGEND = (

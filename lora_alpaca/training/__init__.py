@@ -1,8 +1,8 @@
 """A run, from its options to the saved adapter.
 
 `finetuning` is the story, `setup` its cheap half and the load, `loop` and `step` the work, `resume` the one module that
-asks whether a run is fresh. `job` is a run before its base is loaded, `state` what changes from step to step. `progress`
-shows it, `trackers` send its figures, `saving` writes the adapter.
+asks whether a run is fresh. `job` is a run before its base is loaded, `state` what changes from step to step,
+`progress` shows it, `trackers` send its figures, `saving` writes the adapter.
 """
 
 from typing import TYPE_CHECKING
