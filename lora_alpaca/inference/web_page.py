@@ -161,7 +161,7 @@ class _Answers:
 
 
 def _slider(name: str, value: float) -> gr.Slider:
-    """Return the control of a sampling option; its range grows to hold what the command line said."""
+    """Return the control of a sampling option; its range includes the value of the command line."""
     label, lowest, highest, step, info = SLIDERS[name]
     low, high = min(lowest, value), max(highest, value)
     return gr.Slider(low, high, value, step=step, label=label, info=info, min_width=280)

@@ -1,4 +1,4 @@
-"""One template for training and generation: a conversation becomes fragments, and the answer begins where they say.
+"""One template for training and generation: a conversation becomes fragments of text and control tokens.
 
     Conversation.of("Tell me about alpacas.", output="Alpacas hum.")
         -> [Fragment("Below is ... ### Response:\\n", learned=False), Fragment("Alpacas hum.", learned=True), END]

@@ -1,9 +1,9 @@
 """The tokenizer's own chat template (Jinja), made into fragments in which the user's text stays text.
 
-A rendered text does not say which `<|im_end|>` the template wrote and which one a user typed. So the shape of a
+A rendered text does not tell the `<|im_end|>` of the template from one that a user typed. So the shape of a
 conversation is rendered once with stand-ins for the messages; the control tokens are read from what is around them,
-and the texts are put in their places afterwards. Every row is then compared with its own plain rendering: where a
-template rewrites a text (thoughts dropped from earlier turns, say), that shows, and only the last answer is learned.
+and the texts are filled in afterwards. Every row is then compared with its own plain rendering: where a
+template rewrites a text (thoughts dropped from earlier turns, for example), the two differ, and only the last answer is learned.
 """
 
 import datetime
@@ -25,7 +25,7 @@ _STAND_IN = re.compile(r"(?P<left> \n)?qX(?P<number>\d+)Xq(?P<right>\n )?")
 
 @dataclass(frozen=True)
 class Slot:
-    """The place of message `number` in a rendered conversation, and on which sides its text is stripped."""
+    """The position of message `number` in a rendered conversation, and on which sides its text is stripped."""
 
     number: int
     strip_left: bool
@@ -37,7 +37,7 @@ class Slot:
 
 
 class Part(NamedTuple):
-    """A piece of a rendered conversation: the template's text, one of its control tokens, or the place of a message."""
+    """A piece of a rendered conversation: the template's text, one of its control tokens, or the slot of a message."""
 
     what: str | Slot
     learned: bool = False
@@ -160,7 +160,7 @@ class ChatTemplate:
         if len(spans) < roles.count("assistant"):
             spans = [] if is_prompt else spans[-1:]
         parts: list[Part] = []
-        for start, stop in pairwise(sorted({0, len(whole), *(place for span in spans for place in span)})):
+        for start, stop in pairwise(sorted({0, len(whole), *(position for span in spans for position in span)})):
             is_answer = any(first <= start < last for first, last in spans)
             is_learned = is_answer and not is_prompt and (not last_only or start == spans[-1][0])
             found = self._parts(whole, start, stop)
@@ -205,8 +205,8 @@ class ChatTemplate:
                 add_generation_prompt=generates,
             )
         except Exception as error:  # Jinja's, and whatever a template raises by its own choice
-            said = " ".join(str(error).split()) or type(error).__name__
-            raise TemplateError(f"{where}{': ' if where else ''}the chat template refuses: {said}") from None
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise TemplateError(f"{where}{': ' if where else ''}the chat template refuses: {reason}") from None
         return str(text)
 
 

@@ -1,4 +1,4 @@
-"""What is said, and what a template makes of it: messages, conversations, and fragments of text and control tokens."""
+"""Messages and conversations, and the fragments of text and control tokens that a template makes of them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

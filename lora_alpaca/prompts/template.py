@@ -54,7 +54,7 @@ class Template:
         return self
 
     def check(self, conversation: Conversation) -> None:
-        """Raise TemplateError for a conversation that has no place in this template."""
+        """Raise TemplateError for a conversation that this template cannot hold."""
         where = f"{conversation.where}: " if conversation.where else ""
         others = "vicuna, chatml or chat"
         if len(conversation.users) > 1 and not self.turn:
