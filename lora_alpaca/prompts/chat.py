@@ -2,8 +2,8 @@
 
 A rendered text does not tell the `<|im_end|>` of the template from one that a user typed. So the shape of a
 conversation is rendered once with stand-ins for the messages; the control tokens are read from what is around them,
-and the texts are filled in afterwards. Every row is then compared with its own plain rendering: where a
-template rewrites a text (thoughts dropped from earlier turns, for example), the two differ, and only the last answer is learned.
+and the texts are filled in afterwards. Every row is then compared with its own plain rendering: where the two differ,
+since a template rewrites a text (drops thoughts from earlier turns, for example), only the last answer is learned.
 """
 
 import datetime
