@@ -14,23 +14,25 @@ PieceLoss = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Ten
 
 
 def piece_loss(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the losses, fp32 [piece], and the gradient of each by its logits [piece, V], in their dtype."""
+    """Return the log of the sum of exponentials, fp32 [piece], and the gradient of the losses by the logits [piece, V].
+
+    A loss is that log less the logit of its label. It is not computed here: the compiler, given it too, rounds the log
+    of one row in 10,000 otherwise, and runs would not repeat those of earlier versions to the bit.
+    """
     exact = logits.float()
     log_sum = exact.logsumexp(-1, keepdim=True)  # [piece, 1]
-    losses = log_sum - exact.gather(1, labels[:, None])  # [piece, 1]
     wanted = labels[:, None] == torch.arange(exact.shape[1], device=exact.device)  # [piece, V]
     grad = (exact - log_sum).exp() - wanted.float()
-    return losses.squeeze(1), grad.to(logits.dtype)
+    return log_sum.squeeze(1), grad.to(logits.dtype)
 
 
 def piece_loss_in_place(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what `piece_loss` returns, with few passes over memory without a compiler; it overwrites the logits."""
     exact = logits.float()
     log_sum = exact.logsumexp(-1, keepdim=True)  # [piece, 1]
-    losses = log_sum - exact.gather(1, labels[:, None])  # [piece, 1]
     grad = exact.sub_(log_sum).exp_()
-    grad.scatter_add_(1, labels[:, None], -torch.ones_like(losses))
-    return losses.squeeze(1), grad.to(logits.dtype)
+    grad.scatter_add_(1, labels[:, None], -torch.ones_like(log_sum))
+    return log_sum.squeeze(1), grad.to(logits.dtype)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -54,7 +56,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         piece = max(1, PIECE_BYTES // (4 * head.shape[0]))
         for start in range(0, len(hidden), piece):
             part = slice(start, start + piece)
-            losses[part], by_logits = piece_loss(hidden[part] @ head.t(), labels[part])
+            logits = hidden[part] @ head.t()
+            of_labels = logits.gather(1, labels[part, None]).squeeze(1)  # before they are overwritten
+            log_sum, by_logits = piece_loss(logits, labels[part])
+            losses[part] = log_sum - of_labels
             if grad is not None:
                 torch.mm(by_logits, head, out=grad[part])
         ctx.save_for_backward(grad)
