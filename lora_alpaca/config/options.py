@@ -53,7 +53,9 @@ AutoBool = Annotated[Literal["auto", "true", "false"], BeforeValidator(lambda va
 class Options(BaseModel):
     """The base of every config: frozen, no unknown name, and one line for all mistakes at once."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=False, protected_namespaces=(), defer_build=True
+    )
     positional: ClassVar[tuple[str, ...]] = ()  # options that are also written without their name, in this order
     wording: ClassVar[dict[str, dict[str, str]]] = {}  # option -> `help` or `auto` of this command, for shared options
 
