@@ -3,7 +3,7 @@
 checkpoint-200/
   adapter_model.safetensors, adapter_config.json   the adapter, as PEFT reads it
   optimizer.safetensors                            AdamW's moments, by parameter
-  best.safetensors                                 the adapter with the best validation loss so far, if there is one
+  best.safetensors                                 the best adapter so far, where no checkpoint of its own holds it
   state.json                                       step, plan, history, best loss, options
   manifest.json                                    the run, and size and sha256 of each of these
 

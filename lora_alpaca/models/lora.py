@@ -134,8 +134,6 @@ def lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
 class LoraAdapter:
     """The adapter of a PEFT model, as what is trained of it (see `Trainable`)."""
 
-    kind = "adapter"
-
     def __init__(self, model: PeftModel):
         self.model = model
         self.parameters = trainable_parameters(model)

@@ -8,9 +8,8 @@ State = dict[str, torch.Tensor]
 
 
 class Trainable(Protocol):
-    """The trained part of a model. `parameters` are in the model's order; `kind` is what the record calls it."""
+    """The trained part of a model. `parameters` are in the model's order."""
 
-    kind: str
     model: Any
     parameters: list[torch.nn.Parameter]
 

@@ -43,14 +43,16 @@ def train(config: FinetuneConfig, rows: Rows | None = None) -> RunResult:
         preflight.check_disk(start.output_dir, plan, job.config, job.size)
 
         # 4. Model: the first heavy step; its engine and optimizer
+        strategy = Replicated(world)
         trainable, notes = setup.load(job, plan)
         log(*notes)
+        model = strategy.prepare(trainable.model)
         pad_id, proven = job.tokenizer.pad_token_id, start.is_proven
-        fitting = fitted(trainable.model, plan, job.spec, pad_id, job.train, world.autocast, proven)
+        fitting = fitted(model, plan, job.spec, pad_id, job.train, world.autocast, proven)
         engine, notes = resources.enter_context(fitting)
         log(*notes)
         plan.engine = engine.name
-        stepper = Stepper(engine, trainable, Replicated(world), world, job.config, log)
+        stepper = Stepper(engine, trainable, strategy, world, job.config, log)
         state = start.restore(stepper, record)
 
         # 5. Folder: from here on it is this run's own
@@ -58,7 +60,7 @@ def train(config: FinetuneConfig, rows: Rows | None = None) -> RunResult:
         if world.is_main:
             log(*resources.enter_context(start.folder(record)))
         tracker = Tracker(job.config, world.is_main, log)
-        tracker.start(trainable.model, start.tracker_id)
+        tracker.start(model, start.tracker_id)
 
         # 6. Train: steps, validation, checkpoints
         with stop.deferred():

@@ -1,7 +1,6 @@
 """What a run is made of: `prepare` finds all that can fail cheaply, `load` is the first heavy step."""
 
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 
@@ -20,7 +19,7 @@ from lora_alpaca.models.lora import LoraAdapter
 from lora_alpaca.models.tokenizer import load_tokenizer
 from lora_alpaca.planning import preflight
 from lora_alpaca.planning.plan import Plan, fill_defaults
-from lora_alpaca.prompts import AnyTemplate, fitting_template, load_template
+from lora_alpaca.prompts import fitting_template, load_template
 from lora_alpaca.storage.paths import user_path
 from lora_alpaca.training.job import Job
 from lora_alpaca.training.progress import Progress
@@ -50,7 +49,9 @@ def prepare(config: FinetuneConfig, rows: Rows | None, world: World, start: Star
     log(*notes)
     tokenizer = load_tokenizer(base)
     template = (start.template(template) or fitting_template(rows.formats, tokenizer)).bound(tokenizer)
-    prepared = _examples(config, rows, validation_rows, tokenizer, template, world, progress)
+    tokenizer_sha256 = hash_tokenizer(tokenizer)
+    encoder = Encoder.from_options(tokenizer, template, config)
+    prepared = _examples(config, rows, validation_rows, encoder, tokenizer_sha256, world, progress)
     train, validation, statistics = prepared.train, prepared.validation, prepared.statistics
     log(f"data: {config.data_path}, sha256 {rows.digest[:12]}; template {template.name}", *statistics.lines())
     if rows.ignored:
@@ -63,7 +64,7 @@ def prepare(config: FinetuneConfig, rows: Rows | None, world: World, start: Star
         base_sha256 = hash_base(base)
     hashes = {
         "base_sha256": base_sha256,
-        "tokenizer_sha256": hash_tokenizer(tokenizer),
+        "tokenizer_sha256": tokenizer_sha256,
         "data_sha256": rows.digest,
         "validation_sha256": validation.digest(),
     }
@@ -74,15 +75,14 @@ def _examples(
     config: FinetuneConfig,
     rows: Rows,
     validation_rows: set[int],
-    tokenizer: Any,
-    template: AnyTemplate,
+    encoder: Encoder,
+    tokenizer_sha256: str,
     world: World,
     progress: Progress,
 ) -> Prepared:
     """Return the examples: from the cache, or made by the main process of each machine while the others wait."""
-    encoder = Encoder.from_options(tokenizer, template, config)
     folder = cache.cache_folder(config.cache_dir) if len(rows) >= cache.CACHED_FROM else None
-    key = cache.cache_key(rows, encoder, validation_rows, hash_tokenizer(tokenizer))
+    key = cache.cache_key(rows, encoder, validation_rows, tokenizer_sha256)
     with world.main_process_first() if folder else nullcontext():
         if found := cache.cached(folder, key):
             progress.log(f"prepared rows found in {folder}")
