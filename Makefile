@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all stress stress-long exact compare bench measure check format wheel clean
+.PHONY: help demo test test-all stress stress-long exact real clients models compare bench measure check format wheel clean
 
 help:  ## say what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -19,13 +19,15 @@ demo: $(STAMP)  ## finetune the tiny model of the package, and show what it lear
 	$(BIN)/python -m lora_alpaca.demo
 
 test: check  ## check the code and run all tests but the slow ones
-	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slow"
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slow and not clients"
 
-test-all: check  ## check the code and run every test; what CI runs
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+test-all: check  ## check the code and run every test but those of other programs; what CI runs
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not clients"
 
 stress: $(STAMP)  ## the tests that draw cases at random, in their long form, and a share of all faults: half an hour
 	STRESS=1 $(BIN)/python -m pytest --numprocesses=auto tests/data/test_properties.py tests/data/test_fuzz.py
+	STRESS=1 $(BIN)/python -m pytest --numprocesses=auto tests/hostile/test_links.py
+	$(BIN)/python tests/hostile
 	$(BIN)/python tests/faults stress
 
 stress-long: $(STAMP)  ## the same with a thousand kills and all faults; resumes where it was stopped
@@ -34,6 +36,18 @@ stress-long: $(STAMP)  ## the same with a thousand kills and all faults; resumes
 
 exact: $(STAMP)  ## compare the gradients of packs with plain transformers, in every combination
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) tests/exact.py
+
+real: $(STAMP)  ## fetch a small pretrained model, once, and run the tests that need it: five minutes
+	$(BIN)/python tests/real_model.py
+	$(BIN)/python -m pytest -m real tests/test_real_model.py
+
+clients: $(STAMP)  ## install what serves models, each in an environment of its own, and try exports on it: half an hour
+	$(BIN)/python tests/clients/environments.py
+	$(BIN)/python tests/real_model.py
+	$(BIN)/python tests/clients
+
+models: $(STAMP)  ## write docs/models.md anew: what the families train, export and answer
+	MODELS=write $(BIN)/python -m pytest tests/test_families.py
 
 compare: $(STAMP)  ## compare adapters byte for byte with those of a version: make compare OLD=COMMIT
 	@test -n "$(OLD)" || { echo "name a commit or a folder: make compare OLD=COMMIT [NEW=COMMIT]"; exit 1; }

@@ -131,7 +131,36 @@ def _line(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-FORMS = {"convergence": convergence, "reliability_stress": reliability, "reliability_stress_long": reliability}
+def generation(figures: dict[str, Any]) -> str:
+    """Return tokens a second of every way of answering, and how many times faster ours is."""
+    models, machine = figures["models"], figures["machine"]
+    ways = dict.fromkeys(way for found in models.values() for way in found["tokens_per_second"])
+    lines = [
+        f"{machine['gpu'] or machine['cpu']}, {figures['threads']} threads; {figures['tokens']} greedy tokens behind "
+        f"{figures['prompt']} random ones; medians of {figures['rounds']} rounds, {figures['date']}.",
+        "",
+        _line(["tokens/s", *models]),
+        "|" + "---|" * (1 + len(models)),
+    ]
+    for way in ways:
+        lines.append(_line([way, *(str(found["tokens_per_second"].get(way, "")) for found in models.values())]))
+    for key, words in {
+        "vs_upstream": "8-bit, against upstream's defaults (4 beams)",
+        "vs_generate": "merged, against `generate`",
+        "vs_generate_32": "32 at a time, against `generate` one after another",
+        "vs_llamacpp": "against llama.cpp at the same bits, the worse of two",
+        "greedy_identical_in_fp32": "greedy ids as transformers', fp32",
+    }.items():
+        lines.append(_line([words, *(str(found[key]) for found in models.values())]))
+    return "\n".join(lines)
+
+
+FORMS = {
+    "convergence": convergence,
+    "generation": generation,
+    "reliability_stress": reliability,
+    "reliability_stress_long": reliability,
+}
 
 
 def main() -> None:

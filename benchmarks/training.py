@@ -38,10 +38,11 @@ from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.data.examples import Example
 from lora_alpaca.distributed.strategy import Replicated
 from lora_alpaca.distributed.world import World
-from lora_alpaca.engine import Engine, EngineChoices, Padded, fitted
+from lora_alpaca.engine import Engine, EngineChoices, fitted
 from lora_alpaca.engine.allocator import keep_large_buffers
 from lora_alpaca.engine.equivalence import difference, loss_and_gradient
 from lora_alpaca.engine.packing import pack, packs
+from lora_alpaca.engine.reference import Reference
 from lora_alpaca.models import lora
 from lora_alpaca.models.base import load_base, locate_base
 from lora_alpaca.models.device import DeviceSpec
@@ -158,7 +159,7 @@ class Bench:
         """Return how far loss and gradients are off those of the library's model on each row alone, at dropout 0."""
         model, few = self.model(bits), self.examples[:4]
         model.eval()
-        alone = Padded(model, self.world.device, None, 1, 0)
+        alone: Engine = Reference(model, self.world.device, None, 1, 0)
         with ExitStack() as stack:
             if bits == 8:  # bitsandbytes rounds activations to 8 bits out of training: compare with its exact forward
                 alone = stack.enter_context(self.fitted(model, engine="padded", compiled=False))[0]

@@ -17,7 +17,7 @@ TIERS = {  # from the bottom up; in a tier from left to right
     "foundation": ["errors", "signals", "storage", "config"],
     "material": ["prompts", "models", "data", "artifacts"],
     "machinery": ["engine", "distributed", "planning"],
-    "tasks": ["training", "inference", "export"],
+    "tasks": ["training", "inference", "evaluation", "export"],
     "commands": ["cli"],
 }
 ROOMS = [room for rooms in TIERS.values() for room in rooms]

@@ -39,7 +39,7 @@ _HOMES = {
     "Template": "prompts",
     "TemplateError": "errors",
     "TrainingError": "errors",
-    "export_hf": "export.huggingface",
+    "export_hf": "export.exporting",
     "finetune": "training",
     "load_template": "prompts",
 }
@@ -63,7 +63,7 @@ if TYPE_CHECKING:
         TemplateError,
         TrainingError,
     )
-    from lora_alpaca.export.huggingface import export_hf
+    from lora_alpaca.export.exporting import export_hf
     from lora_alpaca.inference.generator import Generator
     from lora_alpaca.prompts import Template, load_template
     from lora_alpaca.training import finetune

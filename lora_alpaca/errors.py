@@ -14,14 +14,38 @@
     └── ExportError      (RuntimeError)     a merge that would not answer as base + adapter does
 
 A message is one line: what is wrong, where (`file:row` or `--flag`) and what to do. The command line prints it as
-`error: ...` and exits with `exit_code`: 2 for wrong input, 1 for what happened while working.
+`error: ...` and exits with `exit_code`: 2 for wrong input, 1 for what happened while working. What it quotes of
+files and names is made `visible`.
 """
+
+import re
+
+LONGEST = 4000  # characters of a message
+_CONTROL = re.compile(  # but newline and tab: C0, delete and C1; line ends, directions, surrogates and tags of Unicode
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\U000e0000-\U000e007f]"
+)
+
+
+def visible(text: str) -> str:
+    """Return a text whose control characters are written out, as in `\\x1b`, so that a terminal shows and obeys none.
+
+    Newlines and tabs stay.
+    """
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 class LoraAlpacaError(Exception):
     """The base of every error raised on purpose by this library."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        """Return the message in one line; what it quotes cannot control the terminal or log that it is written to.
+
+        Of a quotation that is too long to be read, beginning and end are left.
+        """
+        line = visible(super().__str__()).replace("\n", "\\n")
+        return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
 
 
 class ConfigError(LoraAlpacaError, ValueError):

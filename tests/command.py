@@ -6,7 +6,13 @@ from typing import NamedTuple
 
 from lora_alpaca.cli.verbs import main
 
-NOTES = ("adapter ", "model ", "warning: ")  # beginnings of lines on stderr that are no errors
+NOTES = (
+    "adapter ",
+    "the adapter is ",
+    "model ",
+    "tokenizer: ",
+    "warning: ",
+)  # beginnings of lines on stderr that are no errors
 
 
 class Result(NamedTuple):

@@ -92,6 +92,7 @@ def data_path(rows: list[Conversation], tmp_path: Path) -> Path:
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 512}
 LLAMA_SIZES = {**SIZES, "intermediate_size": 128, "num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.1}
+GPT_SIZES = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, "initializer_range": 0.1}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Llama": LLAMA_SIZES,
     "Mistral": LLAMA_SIZES,
@@ -99,13 +100,28 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Qwen3": LLAMA_SIZES,
     "Gemma": LLAMA_SIZES,
     "OPT": {**SIZES, "ffn_dim": 128, "word_embed_proj_dim": 64, "init_std": 0.1},
-    "GPT2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, "initializer_range": 0.1},
+    "GPT2": GPT_SIZES,
+    "GPTNeoX": {**SIZES, "intermediate_size": 128, "initializer_range": 0.1},
+    "GPTJ": {**GPT_SIZES, "rotary_dim": 8},
+    "GPTNeo": {**SIZES, "attention_types": [[["global", "local"], 1]], "initializer_range": 0.1},
+    "CodeGen": {**GPT_SIZES, "rotary_dim": 8},
+    "Bloom": {"hidden_size": 64, "n_layer": 2, "n_head": 4, "initializer_range": 0.1},
+    "Falcon": {**SIZES, "initializer_range": 0.1},
+    "Glm": LLAMA_SIZES,
+    "Glm4": LLAMA_SIZES,
 }
 CONTROL_TOKENS = {  # of the byte-level tokenizers, by their ids from 0
     "Qwen2": {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
     "Qwen3": {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
     "OPT": {"bos_token": "</s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "</s>"},
-    "GPT2": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"},
+    **{
+        name: {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+        for name in ("GPT2", "GPTNeoX", "GPTJ", "GPTNeo", "CodeGen")
+    },
+    "Bloom": {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"},
+    "Falcon": {"eos_token": "<|endoftext|>"},
+    "Glm": {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
+    "Glm4": {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
 }
 
 
@@ -116,7 +132,7 @@ def tiny_model(rows: list[Conversation], tmp_path_factory: pytest.TempPathFactor
     Each is made once, with seed 0: two layers, 64 wide, 512 positions. To be read, not written to.
     """
     alpaca = load_template("alpaca")
-    texts = [piece.text for row in rows for piece in alpaca.render(row) if not piece.control]
+    texts = [piece.text for row in rows for piece in alpaca.examples(row)[0] if not piece.control]
 
     @cache
     def make(architecture: str) -> Path:

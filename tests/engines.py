@@ -1,5 +1,6 @@
 """What the tests of the engine share: tiny random models, rows for them, and gradients by plain transformers."""
 
+import copy
 import random
 from contextlib import nullcontext
 
@@ -18,8 +19,6 @@ from lora_alpaca.models.lora import attach, trainable_parameters
 
 CPU, VOCABULARY = torch.device("cpu"), 300
 OTHERS = {
-    "Falcon": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
-    "Bloom": {"hidden_size": 64, "n_layer": 2, "n_head": 4},
     "Mamba": {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 8},
     "Gemma2": {**LLAMA_SIZES, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 2.0},
     "Granite": {**LLAMA_SIZES, "logits_scaling": 3.0},
@@ -27,10 +26,10 @@ OTHERS = {
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
-def make(architecture, lora=None, quantization_config=None, **changes):
+def make(architecture, lora=None, vocabulary=VOCABULARY, **changes):
     """Return a random model, norms and biases too, with an adapter whose B is not zero; the same at every call."""
     sizes = (ARCHITECTURES | OTHERS)[architecture] | IDS | changes
-    config = getattr(transformers, f"{architecture}Config")(vocab_size=VOCABULARY, **sizes)
+    config = getattr(transformers, f"{architecture}Config")(vocab_size=vocabulary, **sizes)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config).requires_grad_(False).eval()
@@ -60,9 +59,10 @@ def rows(count=11, train_on_inputs=False, seed=0):
 
 
 def reference(model, examples):
-    """Return summed loss and adapter gradient by plain transformers and PEFT, each row alone."""
-    parameters, model = trainable_parameters(model), model.eval()
-    loss, gradient = torch.zeros(()), 0
+    """Return summed loss and adapter gradient by plain transformers and PEFT in fp64, each row alone."""
+    model = copy.deepcopy(model.eval()).double()
+    parameters = trainable_parameters(model)
+    loss, gradient = torch.zeros((), dtype=torch.float64), 0
     for example in examples:
         logits = model(input_ids=torch.tensor(example.ids.tolist())[None], use_cache=False).logits[0, :-1]
         part = F.cross_entropy(logits, torch.tensor(example.labels[1:]), ignore_index=IGNORED, reduction="sum")
@@ -70,6 +70,24 @@ def reference(model, examples):
         gradient = gradient + torch.cat([grad.flatten() for grad in found])
         loss += part.detach()
     return loss, gradient
+
+
+@torch.no_grad()
+def large_and_sure(vocabulary=49_152, label=7, labels=10):
+    """Return a model that gives nearly all of the probability to the right piece of many, and its rows.
+
+    The other pieces' logits have a spread of 2, as a trained model's have; the label's row of the head is solved for.
+    """
+    model, draw = make("Llama", vocabulary=vocabulary), random.Random(0)
+    prompts = [[draw.randrange(vocabulary) for _ in range(12)] for _ in range(4)]
+    examples = [Example(prompt + [label] * labels, [(len(prompt), len(prompt) + labels)]) for prompt in prompts]
+    base = model.get_base_model()
+    hidden = torch.cat([base.model(torch.tensor(row.ids.tolist())[None])[0][0, 11:-1] for row in examples])
+    head = base.lm_head.weight
+    head.mul_(2 / (hidden @ head.t()).std())
+    wanted = torch.linspace(14, 24, len(hidden)).double()[:, None]
+    head[label] = torch.linalg.lstsq(hidden.double(), wanted, driver="gelsd").solution[:, 0].float()
+    return model, examples
 
 
 def settings(device=CPU, dtype=torch.float32, checked=False, **changes):

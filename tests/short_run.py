@@ -1,9 +1,25 @@
 """What tests of short runs share: their flags, the adapter they make, and a folder as a killed run leaves it."""
 
+import json
+
 import torch
+from conftest import as_row
 from safetensors.torch import load_file
 
+from lora_alpaca import FinetuneConfig, finetune
 from lora_alpaca.storage.output_folder import OutputFolder, remove_checkpoint
+
+
+def adapter(folder, base, rows, **options):
+    """Return the folder of an adapter that was trained for a few steps on rows, which are in a file beside it."""
+    path = folder / "rows.json"
+    path.write_text(json.dumps([as_row(conversation) for conversation in rows]))
+    chosen = {
+        "batch_size": 4, "max_steps": 8, "val_set_size": 4, "learning_rate": 2e-2, "cutoff_len": 128,
+        "load_8bit": False, "dtype": "fp32", "device": "cpu",
+    } | options  # fmt: skip
+    places = {"base_model": str(base), "data_path": str(path), "output_dir": str(folder / "adapter")}
+    return finetune(FinetuneConfig(**places | chosen)).output_dir
 
 
 def flags(options):

@@ -17,9 +17,10 @@ MODEL = "base_model revision trust_remote_code device dtype"
 FLAGS = {
     "finetune.py": f"""
         {MODEL} load_4bit load_8bit data_path columns skip_bad_rows output_dir prompt_template_name cutoff_len
-        overlong val_set_size max_truncated max_dropped max_duplicates cache_dir train_on_inputs train_on
-        add_eos_token batch_size micro_batch_size num_epochs max_steps learning_rate lr_scheduler warmup_steps
-        weight_decay max_grad_norm group_by_length engine token_budget share_prefix compile
+        overlong val_data_path val_set_size max_truncated max_dropped max_duplicates cache_dir train_on_inputs train_on
+        train_on_reasoning ignore_fields add_eos_token batch_size micro_batch_size num_epochs max_steps
+        learning_rate lr_scheduler warmup_steps weight_decay max_grad_norm group_by_length engine token_budget
+        share_prefix compile
         gradient_checkpointing seed lora_r lora_alpha lora_dropout
         lora_target_modules use_rslora use_dora init_adapter eval_steps save_steps logging_steps
         save_total_limit early_stopping_patience resume resume_from_checkpoint allow_change overwrite
@@ -27,15 +28,22 @@ FLAGS = {
         wandb_run_name wandb_watch wandb_log_model
     """,
     "generate.py": f"""
-        {MODEL} load_4bit load_8bit lora_weights prompt_template instruction input system chat server_name server_port
-        share_gradio temperature top_p top_k num_beams max_new_tokens seed
+        {MODEL} load_4bit load_8bit merge_adapter lora_weights prompt_template instruction input system data_path
+        output_file columns ignore_fields chat serve server_name server_port api_key_file max_batch max_waiting
+        share_gradio temperature top_p top_k min_p repetition_penalty num_beams max_new_tokens stop seed
     """,
-    "export_hf_checkpoint.py": f"{MODEL} lora_weights output_dir prompt_template overwrite",
+    "export_hf_checkpoint.py": f"{MODEL} lora_weights output_dir prompt_template overwrite adapter_weights "
+    "format gguf_type max_shard_size merge_into private push_to_hub receipt",
 }
 
 SHOW = """
-    data_path columns skip_bad_rows prompt_template_name cutoff_len overlong train_on_inputs train_on add_eos_token
-    base_model revision trust_remote_code row html
+    data_path columns skip_bad_rows prompt_template_name cutoff_len overlong train_on_inputs train_on
+    train_on_reasoning ignore_fields add_eos_token base_model revision trust_remote_code row html
+"""
+EVALUATE = f"""
+    {MODEL} load_4bit load_8bit merge_adapter lora_weights prompt_template data_path columns ignore_fields max_rows
+    output_dir overwrite max_batch system temperature top_p top_k min_p repetition_penalty num_beams max_new_tokens
+    stop seed
 """
 
 
@@ -60,7 +68,17 @@ def test_the_flags_of_the_scripts(script, run_script, tmp_path):
     assert sorted(re.findall(r"^  --(\w+) ", helped, re.MULTILINE)) == sorted(FLAGS[script].split())
 
 
-@pytest.mark.parametrize(("verb", "flags"), [("show", SHOW), ("convert_adapter", "old new")])
+@pytest.mark.parametrize(
+    ("verb", "flags"),
+    [
+        ("show", SHOW),
+        ("evaluate", EVALUATE),
+        ("convert_adapter", "old new"),
+        ("convert_base", "old new revision"),
+        ("verify", "endpoint model receipt api_key_file timeout"),
+        ("import_meta", "old new context_length max_shard_size"),
+    ],
+)
 def test_the_flags_of_the_other_commands(verb, flags):
     helped = run(verb, "--help").out
     assert sorted(re.findall(r"^  --(\w+) ", helped, re.MULTILINE)) == sorted(flags.split())

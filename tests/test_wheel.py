@@ -113,7 +113,9 @@ def test_the_pinned_set_is_within_the_ranges():
     pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = [Requirement(text) for text in [*project["dependencies"], *extras["web"], *extras["dev"]]]
+    wanted = [
+        Requirement(text) for text in [*project["dependencies"], *extras["web"], *extras["verify"], *extras["dev"]]
+    ]
     for requirement in wanted:
         if requirement.name in ("lora-alpaca", "pre-commit"):  # itself; and what only a committer needs
             continue

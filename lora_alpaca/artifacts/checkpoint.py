@@ -11,26 +11,36 @@ A checkpoint has no random state: that of a step follows from seed, step and ran
 """
 
 import hashlib
-import json
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from lora_alpaca.errors import CheckpointError, ConfigError, TrainingError
 from lora_alpaca.models.lora import CONFIG, WEIGHTS
 from lora_alpaca.models.trainable import State
-from lora_alpaca.models.weights import as_safetensors
+from lora_alpaca.models.weights import as_safetensors, load_tensors
 from lora_alpaca.storage import atomic
-from lora_alpaca.storage.output_folder import MANIFEST, remove_checkpoint
-from lora_alpaca.storage.paths import files_below, read_json, sha256, user_path
+from lora_alpaca.storage.json_files import Count, Shape, read_json, require_object
+from lora_alpaca.storage.output_folder import MANIFEST, read_manifest, remove_checkpoint, remove_former
+from lora_alpaca.storage.paths import files_below, sha256, user_path
 
 OPTIMIZER, BEST, STATE = "optimizer.safetensors", "best.safetensors", "state.json"
+_REMEDY = "take another checkpoint, or start anew with --overwrite"
 _NAME = re.compile(r"checkpoint-(\d+)")
-_LEFTOVER = re.compile(r"\.(checkpoint-\d+|final)\.(partial|removed)")  # of an interrupted save or removal
+_FORMER = re.compile(r"\.(checkpoint-\d+|final)\.(partial|removed)")  # what version 0.1 left when it was killed
+
+
+class Facts(Shape):
+    """What every `state.json` has, whatever version wrote it; those who resume from it look at more."""
+
+    step: Count
+    plan: dict[str, Any]
+    progress: dict[str, Any]
+    record: dict[str, Any]
 
 
 @dataclass
@@ -71,7 +81,7 @@ def save(output_dir: Path, run: str, checkpoint: Checkpoint, settings: dict[str,
             atomic.write(stage / name, data)
         atomic.write(stage / MANIFEST, atomic.as_json({"run": run, "step": step, "files": files}))
         atomic.fsync_tree(stage)
-        if folder.exists():  # not made by this run, which set its own later ones aside when it resumed
+        if os.path.lexists(folder):  # not made by this run, which set its own later ones aside when it resumed
             atomic.rename_aside(folder, "left")
         atomic.rename(stage, folder)
     return folder
@@ -83,41 +93,46 @@ def rotate(output_dir: Path, run: str, keep: int, spare: int | None = None) -> N
     Checkpoints of other runs are not touched. What an earlier call could not remove is tried again. Raises OSError.
     """
     remove_leftovers(output_dir)
-    ours = [folder for folder in _folders(output_dir) if _run(folder) == run]
+    ours = [folder for folder in _folders(output_dir) if _run(folder) == run and not folder.is_symlink()]
     for folder in ours[keep:]:
         if _step(folder) != spare:
             remove(folder)
 
 
 def remove(folder: Path) -> None:
-    """Remove a checkpoint, but for files of the user's own in it.
+    """Remove a checkpoint, but for files of the user's own in it; no link to one.
 
     The folder is renamed first, so that what an interrupted removal leaves does not look like a checkpoint.
     """
-    listed = read_json(folder / MANIFEST).get("files", {})
-    if set(files_below(folder)) <= {*listed, MANIFEST}:
-        hidden = folder.with_name(f".{folder.name}.removed")
-        atomic.remove_tree(hidden)
-        atomic.rename(folder, hidden)
-        folder = hidden
-    remove_checkpoint(folder)
+    listed = read_manifest(folder).get("files", {})
+    if folder.is_symlink() or not set(files_below(folder)) <= {*listed, MANIFEST}:
+        remove_checkpoint(folder)
+        return
+    with atomic.hidden_folder(folder, "removed") as hidden:
+        atomic.rename(folder, hidden / folder.name)
+        remove_checkpoint(hidden / folder.name)
 
 
 def remove_leftovers(output_dir: Path) -> None:
     """Remove the hidden folders that interrupted saves and removals left in a folder of ours."""
+    atomic.remove_hidden(output_dir)
     for path in output_dir.glob(".*"):
-        if path.is_dir() and _LEFTOVER.fullmatch(path.name):
-            atomic.remove_tree(path)
+        if _FORMER.fullmatch(path.name):
+            remove_former(output_dir, path.name)
 
 
 def _run(folder: Path) -> str:
-    return str(read_json(folder / MANIFEST).get("run", ""))
+    return str(read_manifest(folder).get("run", ""))
 
 
 def _folders(output_dir: Path) -> list[Path]:
     """Return the folders of our checkpoints, whole or damaged, the newest step first; the name alone is no proof."""
     named = (path for path in output_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name))
-    return sorted((path for path in named if _run(path) or _has_parts(path)), key=_step, reverse=True)
+    return sorted((path for path in named if _names_a_run(path) or _has_parts(path)), key=_step, reverse=True)
+
+
+def _names_a_run(folder: Path) -> bool:
+    return bool(read_json(folder / MANIFEST).get("run"))  # a damaged manifest may do so too
 
 
 def _has_parts(folder: Path) -> bool:
@@ -133,14 +148,16 @@ def _step(folder: Path) -> int:
 
 def verify(folder: Path) -> str:
     """Return what is wrong with a checkpoint, or "" if every file has the size and hash that its manifest lists."""
+    files = read_manifest(folder).get("files", {})
+    if not {WEIGHTS, CONFIG, OPTIMIZER, STATE} <= files.keys():
+        return f"{MANIFEST} is missing or damaged"
     try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        for name in (WEIGHTS, CONFIG, OPTIMIZER, STATE, *files):
-            path, facts = folder / name, files[name]
+        for name, facts in files.items():
+            path = folder / name
             if not path.is_file() or path.stat().st_size != facts["bytes"] or sha256(path) != facts["sha256"]:
                 return f"{name} is missing or damaged"
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"{MANIFEST} is missing or damaged"
+    except (OSError, ValueError):
+        return f"{name} is missing or damaged"
     return ""
 
 
@@ -151,7 +168,8 @@ def newest(output_dir: Path) -> tuple[Path | None, dict[Path, str]]:
     """
     passed_over: dict[Path, str] = {}
     for folder in _folders(output_dir):
-        if not (reason := verify(folder)):
+        reason = "is a symbolic link, which only --resume_from_checkpoint follows" if folder.is_symlink() else ""
+        if not (reason := reason or verify(folder)):
             return folder, passed_over
         passed_over[folder] = reason
     if passed_over:
@@ -198,18 +216,25 @@ def resolve(path: str) -> Path:
 
 
 def load(folder: Path) -> Checkpoint:
-    """Return the contents of a checkpoint folder."""
+    """Return the contents of a checkpoint folder. Raises CheckpointError for one that holds something else."""
     best = folder / BEST
     return Checkpoint(
-        facts=json.loads((folder / STATE).read_text(encoding="utf-8")),
-        weights=load_file(folder / WEIGHTS),
-        optimizer=load_file(folder / OPTIMIZER),
-        best=load_file(best) if best.is_file() else {},
+        facts=read_state(folder),
+        weights=load_tensors(folder / WEIGHTS, CheckpointError),
+        optimizer=load_tensors(folder / OPTIMIZER, CheckpointError),
+        best=load_tensors(best, CheckpointError) if best.is_file() else {},
     )
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Return what `state.json` holds. Raises CheckpointError, in one line, for a file without what is read of it."""
+    state = require_object(folder / STATE, CheckpointError, _REMEDY)
+    Facts.require(state, folder / STATE, CheckpointError, _REMEDY)
+    return state
 
 
 def weights_of(folder: Path) -> State:
     """Return the adapter of a checkpoint folder. Raises CheckpointError if the checkpoint is damaged."""
     if reason := verify(folder):
         raise CheckpointError(f"{folder}: {reason}")
-    return load_file(folder / WEIGHTS)
+    return load_tensors(folder / WEIGHTS, CheckpointError)

@@ -25,13 +25,27 @@ from lora_alpaca.prompts import (
     load_template,
     template_from_json,
 )
-from lora_alpaca.storage.paths import read_json
+from lora_alpaca.storage.json_files import Count, Shape, read_json
 
 FILE = "prompt_contract.json"
 FORMAT = 1
 HASHED_ROWS = 8
 
 _USER, _ANSWER = "user", "assistant"
+_CITY = {"type": "string", "description": "Name of a city."}
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "temperature",
+        "description": "Return the temperature in a city.",
+        "parameters": {"type": "object", "properties": {"city": _CITY}, "required": ["city"]},
+    },
+}
+_CALL: dict[str, Any] = {
+    "id": "call00001",
+    "type": "function",
+    "function": {"name": "temperature", "arguments": {"city": "Cusco"}},
+}
 GOLDEN = (  # what has gone wrong before: inputs, white space at the seam, scripts, control strings, several turns
     Conversation.of("Name a mountain in Peru.", "", "Huascarán."),
     Conversation.of("Add the numbers.", "12 + 30", "42"),
@@ -47,7 +61,41 @@ GOLDEN = (  # what has gone wrong before: inputs, white space at the seam, scrip
             Message(_ANSWER, "Bye."),
         )
     ),
+    Conversation((Message(_USER, "How much is 6 * 7?"), Message(_ANSWER, "42", reasoning="Six sevens.\nThat is 42."))),
+    Conversation(
+        (
+            Message(_USER, "Is it warm in Cusco?"),
+            Message(_ANSWER, "", calls=(_CALL,)),
+            Message("tool", '{"celsius": 12}', call_id=_CALL["id"], name="temperature"),
+            Message(_ANSWER, "No, 12 °C."),
+        ),
+        tools=(_TOOL,),
+    ),
 )
+_PLAIN_GOLDEN = 6  # the conversations of contracts that do not say how many they tried
+
+
+class _Identity(Shape):
+    sha256: str
+    vocabulary_sha256: str
+    special: dict[str, str | None]
+    added: dict[str, Count]
+
+
+class _Golden(Shape):
+    text: str
+    ids: list[Count]
+    tokens: list[str]
+    learned: list[list[Count]]
+
+
+class _Content(Shape):
+    format: Count
+    template: dict[str, Any]
+    template_sha256: str
+    tokenizer: _Identity
+    stop_ids: list[Count]
+    golden: list[_Golden]
 
 
 @dataclass(frozen=True)
@@ -76,7 +124,10 @@ class PromptContract:
         """
         self._require_same_special_tokens(tokenizer)
         template = self.template.bound(tokenizer)
-        now = _encode_golden(tokenizer, template)
+        now = _encode_golden(tokenizer, template, self.content.get("conversations", _PLAIN_GOLDEN))
+        if "conversations" not in self.content:  # written by a version that refused some conversations taken today
+            texts = {row["text"] for row in self.content["golden"]}
+            now = [row for row in now if row["text"] in texts] if texts <= {row["text"] for row in now} else now
         for before, after in zip(self.content["golden"], now, strict=False):
             self._require_same_row(before, after)
         if len(now) != len(self.content["golden"]):
@@ -93,7 +144,8 @@ class PromptContract:
         for kind in ("special", "added"):
             for token in [*before[kind], *now[kind]]:
                 was, is_now = before[kind].get(token), now[kind].get(token)
-                if was != is_now:
+                chosen = token == "pad" and is_now is None  # by who loads it: it never reaches the model
+                if was != is_now and not chosen:
                     raise ContractError(
                         f"{self.where}: the tokenizer's {kind} token {token!r} is {_named(is_now)}, and was "
                         f"{_named(was)} in training; {_REMEDY}"
@@ -101,7 +153,7 @@ class PromptContract:
 
     def _require_same_row(self, before: dict[str, Any], after: dict[str, Any]) -> None:
         """Raise ContractError at the first token of a golden row that differs, and for different labels."""
-        old, new = (list(zip(row["tokens"], row["ids"], strict=True)) for row in (before, after))
+        old, new = (list(zip(row["tokens"], row["ids"], strict=False)) for row in (before, after))
         position = next((n for n, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
         if old != new:
             raise ContractError(
@@ -126,6 +178,7 @@ def build(
         "template_sha256": template.digest(),
         "tokenizer": _tokenizer_identity(tokenizer),
         "stop_ids": list(stop_ids),
+        "conversations": len(GOLDEN),
         "golden": _encode_golden(tokenizer, template),
         "rows_sha256": [] if train is None else row_hashes(train),
     }
@@ -137,14 +190,11 @@ def read(folder: Path) -> PromptContract | None:
     if not path.exists():
         return None
     content = read_json(path)
-    try:
-        if content["format"] != FORMAT:
-            raise ContractError(f"{path}: format {content['format']}, which this version of lora_alpaca cannot read")
-        template = template_from_json(content["template"], "", str(path))
-        assert {"special", "added", "sha256", "vocabulary_sha256"} <= content["tokenizer"].keys()
-        assert all({"text", "ids", "tokens", "learned"} <= row.keys() for row in content["golden"])
-    except (KeyError, TypeError, AttributeError, AssertionError):
-        raise ContractError(f"{path}: damaged, or not written by lora_alpaca") from None
+    if wrong := _Content.what_is_wrong(content):
+        raise ContractError(f"{path}: damaged, or not written by lora_alpaca ({wrong})")
+    if content["format"] != FORMAT:
+        raise ContractError(f"{path}: format {content['format']}, which this version of lora_alpaca cannot read")
+    template = template_from_json(content["template"], "", str(path))
     return PromptContract(template, content, str(folder))
 
 
@@ -175,16 +225,17 @@ def _vocabulary_sha256(tokenizer: Any) -> str:
     return _sha256([sorted(tokenizer.get_vocab().items()), model.get("merges")])
 
 
-def _encode_golden(tokenizer: Any, template: AnyTemplate) -> list[dict[str, Any]]:
-    """Return the golden conversations that a template takes, encoded with it and the tokenizer."""
+def _encode_golden(tokenizer: Any, template: AnyTemplate, count: int = len(GOLDEN)) -> list[dict[str, Any]]:
+    """Return those of the first golden conversations that a template takes, encoded with it and the tokenizer."""
     encoder = Encoder.for_prompts(tokenizer, template)
     rows = []
-    for conversation in GOLDEN:
+    for conversation in GOLDEN[:count]:
         try:
-            (encoded,) = encoder.encode([conversation])
+            *_, encoded = encoder.encode([conversation])  # the last of several is the whole conversation
+            *_, fragments = template.examples(conversation)
         except TemplateError:
             continue
-        text = "".join(fragment.text for fragment in template.render(conversation))
+        text = "".join(fragment.text for fragment in fragments)
         rows.append(
             {
                 "text": text,

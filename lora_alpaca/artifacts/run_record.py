@@ -12,11 +12,12 @@ from typing import Any
 from lora_alpaca._version import __version__
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.config.training import RECORDED_FACTS
-from lora_alpaca.data.statistics import Statistics
+from lora_alpaca.errors import FolderError, LoraAlpacaError
 from lora_alpaca.models.base import Base
 from lora_alpaca.models.device import DeviceSpec
 from lora_alpaca.prompts import AnyTemplate
 from lora_alpaca.storage import output_folder
+from lora_alpaca.storage.json_files import Count, Shape, shape_of_options
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers")
 
@@ -38,16 +39,48 @@ class RunResult:
     history: list[dict[str, float]]
 
 
+class _Result(Shape):
+    steps: Count
+    validation_loss: float | None
+    first_validation_loss: float | None
+    best_step: Count | None
+    seconds: float
+    history: list[dict[str, Any]]
+
+
+class _Finished(Shape):
+    result: _Result
+
+
+class _Ledger(Shape):
+    train: Count
+
+
+class _Compared(Shape):
+    run: str
+    base_model: str
+    template: dict[str, Any]
+    options: dict[str, Any]
+    said: list[str]
+    ledger: _Ledger
+    ranks: Count
+
+
+def require_comparable(record: dict[str, Any], where: object, error: type[LoraAlpacaError], remedy: str) -> None:
+    """Raise an error in one line unless a record has what a run that resumes is compared with."""
+    _Compared.require(record, where, error, remedy)
+    shape_of_options(FinetuneConfig).require(record["options"], f"{where}, options", error, remedy)
+
+
 def describe(
     config: FinetuneConfig,
     base: Base,
     spec: DeviceSpec,
     template: AnyTemplate,
-    statistics: Statistics,
     world_size: int,
-    hashes: dict[str, str],
+    hashes: dict[str, str | None],
 ) -> dict[str, Any]:
-    """Return the record of a run that begins: everything that decides its result.
+    """Return the record of a run that begins: everything that identifies it.
 
     `hashes` are sha256 of base, tokenizer and data, under the names that the record has for them.
     """
@@ -57,10 +90,10 @@ def describe(
         "run": secrets.token_hex(8),
         "base_model": base.name,
         "base_revision": base.revision,
+        "base_stored_as": spec.kind or None,  # where it is stored quantised already
         "template": template.to_json(),
         "precision": str(spec),
         "ranks": world_size,
-        "ledger": statistics.to_json(),
         "options": config.model_dump(),
         "said": sorted(config.model_fields_set),  # the options that the user set
         "versions": versions(),
@@ -74,15 +107,19 @@ def differences(stored: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[
     """
     before, after = _identity(stored), _identity(now)
     identified = FinetuneConfig.same_if() | {"base_revision": "base_sha256"}
-    same = {name for name, fact in identified.items() if before[fact] == after[fact]}
+    same = {name for name, fact in identified.items() if before.get(fact) == after.get(fact)}
     changed = {key: (value, after.get(key)) for key, value in before.items() if value != after.get(key)}
     return {key: values for key, values in changed.items() if key not in same}
 
 
 def _identity(record: dict[str, Any]) -> dict[str, Any]:
-    """Return what a run is identified by: the options that decide something, and recorded facts."""
+    """Return what a run is identified by: the options that decide something, and recorded facts.
+
+    An option that came after the record was written had the value that is its default now.
+    """
     ignored = FinetuneConfig.deciding("nothing")
-    options = {key: value for key, value in record["options"].items() if key not in ignored}
+    defaults = {key: field.default for key, field in FinetuneConfig.model_fields.items()}
+    options = {key: value for key, value in (defaults | record["options"]).items() if key not in ignored}
     facts = {key: record.get(key) for key in ("base_model", *RECORDED_FACTS) if key != "prompt_template"}
     template = {key: value for key, value in record["template"].items() if key not in ("name", "description")}
     return options | facts | {"prompt_template": template}
@@ -90,7 +127,10 @@ def _identity(record: dict[str, Any]) -> dict[str, Any]:
 
 def finished_run(output_dir: Path) -> RunResult:
     """Return the result that the record of a finished folder holds."""
-    return RunResult(output_dir, **output_folder.read_record(output_dir)["result"])
+    record = output_folder.read_record(output_dir)
+    where = output_dir / output_folder.RECORD
+    _Finished.require(record, where, FolderError, "start anew with --overwrite, or name another folder")
+    return RunResult(output_dir, **{name: record["result"][name] for name in _Result.model_fields})
 
 
 def versions() -> dict[str, str]:

@@ -12,12 +12,13 @@ from lora_alpaca.artifacts import adapter_folder
 from lora_alpaca.artifacts.adapter_folder import AdapterInfo
 from lora_alpaca.artifacts.prompt_contract import PromptContract
 from lora_alpaca.config.shared import ADAPTER_DIR, DEMO
-from lora_alpaca.errors import AdapterError, ConfigError, TemplateError
-from lora_alpaca.models import lora
+from lora_alpaca.errors import AdapterError, ConfigError, ModelError, TemplateError
+from lora_alpaca.models import lora, special_tokens
 from lora_alpaca.models.base import Base, locate_base
 from lora_alpaca.models.fingerprint import weight_hashes
 from lora_alpaca.models.tokenizer import load_tokenizer
 from lora_alpaca.prompts import AnyTemplate, load_template
+from lora_alpaca.storage.json_files import read_json
 from lora_alpaca.storage.output_folder import read_record
 from lora_alpaca.storage.paths import user_path
 
@@ -45,22 +46,29 @@ class ModelSource:
 
     @property
     def tokenizer_folder(self) -> Path | None:
-        """Return the adapter's folder if a tokenizer was saved there, and None if the base's own is used."""
-        return self.adapter if self.adapter and (self.adapter / "tokenizer_config.json").is_file() else None
+        """Return the adapter's folder if a tokenizer was saved there, and None if the base's own is used.
 
-    def verify(self) -> list[str]:
-        """Return notes on what could not be checked. Raises AdapterError for an adapter that does not fit the base."""
+        That is used, too, for a tokenizer that needs code, which runs from nowhere but the base.
+        """
+        settings = {} if self.adapter is None else read_json(self.adapter / special_tokens.CONFIG)
+        return self.adapter if settings and "auto_map" not in settings else None
+
+    def verify(self, merging: bool = False) -> list[str]:
+        """Return notes on what could not be checked. Raises AdapterError for an adapter that does not fit the base.
+
+        For `merging`, it may be of any kind that is merged.
+        """
         if self.adapter is None or self.info is None:
             return []
-        return adapter_folder.verify(self.adapter, self.info, self.base)
+        return adapter_folder.verify(self.adapter, self.info, self.base, merging)
 
-    def load_tokenizer(self) -> tuple[Any, AnyTemplate]:
-        """Return the tokenizer, and the template bound to it.
+    def load_tokenizer(self) -> tuple[Any, AnyTemplate, list[str]]:
+        """Return the tokenizer, the template bound to it, and notes.
 
         Raises ContractError if the two do not give the tokens of training.
         """
-        tokenizer = load_tokenizer(self.base, self.tokenizer_folder)
-        return tokenizer, self.contract.bind(tokenizer) if self.contract else self.template.bound(tokenizer)
+        tokenizer, notes = load_tokenizer(self.base, self.tokenizer_folder, trained=self.contract is not None)
+        return tokenizer, self.contract.bind(tokenizer) if self.contract else self.template.bound(tokenizer), notes
 
 
 def open_source(
@@ -137,7 +145,7 @@ def _choose_adapter(lora_weights: str, named: str) -> tuple[Path | None, Adapter
         return None, None, []
     if not lora_weights:
         info = adapter_folder.read_info(default)
-        if named and not _same_base(named, info.base_model):
+        if named and not _same_base(named, info):
             made_for = info.base_model or "an unknown base"
             return None, None, [f"{default} was made for {made_for}: answering with {named} alone"]
         return default, info, []
@@ -167,9 +175,17 @@ def _on_base(
     trust_remote_code: bool,
     of_the_demo: str = "",
 ) -> ModelSource:
-    if not named or _same_base(named, info.base_model):
+    if trust_remote_code and not named:  # an adapter may record anything
+        raise ConfigError(
+            f"--trust_remote_code runs code of the base model: name the one that you trust with --base_model; {folder} "
+            f"records {info.base_model}"
+        )
+    if not named:
+        _require_there(folder, info)
+    if not named or _same_base(named, info):
         revision = revision or info.base_revision
-    base = locate_base(named or info.base_model, revision, trust_remote_code)
+    flag = "--base_model" if named else f"{folder}: its base"
+    base = locate_base(named or info.base_model, revision, trust_remote_code, flag)
     return _with_template(base, folder, info, asked, of_the_demo)
 
 
@@ -184,11 +200,31 @@ def _with_template(
     return ModelSource(base, folder, info, template, [] if contract else [UNCHECKED])
 
 
-def _same_base(named: str, recorded: str) -> bool:
-    """Return whether two names mean the same base: equal, or paths of one folder."""
+def _require_there(folder: Path, info: AdapterInfo) -> None:
+    """Raise ModelError if the base that an adapter records is a folder, and that is not there."""
+    if not info.base_is_local or Path(info.base_model).is_dir():
+        return
+    has_path = os.path.isabs(info.base_model)
+    what = (
+        f"{folder} records the base model {info.base_model}, and nothing is there"
+        if has_path
+        else f"{folder} was trained on a local base model named {info.base_model}, and does not record its path"
+    )
+    known = " (it is recognised by its hash)" if info.base_sha256 else ""
+    raise ModelError(f"{what}; name where it is {'now ' if has_path else ''}with --base_model{known}")
+
+
+def _same_base(named: str, info: AdapterInfo) -> bool:
+    """Return whether a name means the base of an adapter: the one recorded, or a path of its folder.
+
+    Of a base whose path is not recorded any more, the folder's name is compared; its hash is what counts in the end.
+    """
+    recorded = info.base_model
     if named == recorded:
         return True
     one, other = user_path(named), Path(recorded)
+    if info.base_is_local and not other.is_absolute():
+        return one.exists() and one.resolve().name == recorded
     return one.exists() and other.exists() and one.resolve() == other.resolve()
 
 

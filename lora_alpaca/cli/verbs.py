@@ -9,18 +9,33 @@ from typing import Any, NamedTuple, NoReturn
 
 from lora_alpaca.cli.flags import parse
 from lora_alpaca.cli.help import help_text, overview
-from lora_alpaca.config import ConvertConfig, ExportConfig, FinetuneConfig, GenerateConfig, ShowConfig
-from lora_alpaca.config.environment import check_libraries
+from lora_alpaca.cli.streams import BROKEN_PIPE, OutputError, usable_streams
+from lora_alpaca.config import (
+    ConvertBaseConfig,
+    ConvertConfig,
+    EvaluateConfig,
+    ExportConfig,
+    FinetuneConfig,
+    GenerateConfig,
+    ImportMetaConfig,
+    ShowConfig,
+    VerifyConfig,
+)
+from lora_alpaca.config.environment import check_libraries, require_folder
 from lora_alpaca.config.options import Options
-from lora_alpaca.errors import ConfigError, LoraAlpacaError
+from lora_alpaca.errors import ConfigError, LoraAlpacaError, visible
 from lora_alpaca.signals import Interrupted, Stop
 
 
 class Verb(NamedTuple):
-    """A command: its options, and `module:function`, which is imported when the options are known to be good."""
+    """A command: its options, and `module:function`, which is imported when the options are known to be good.
+
+    `makes_folder` is false for those whose product is what they print.
+    """
 
     config: type[Options]
     function: str
+    makes_folder: bool = True
 
     def __call__(self, config: Options) -> None:
         module, _, name = self.function.partition(":")
@@ -29,27 +44,60 @@ class Verb(NamedTuple):
 
 VERBS = {
     "finetune": Verb(FinetuneConfig, "training:finetune"),
-    "generate": Verb(GenerateConfig, "inference.terminal:generate"),
-    "export": Verb(ExportConfig, "export.huggingface:export_hf"),
-    "show": Verb(ShowConfig, "data.visualization:show"),
-    "convert_adapter": Verb(ConvertConfig, "export.convert_adapter:convert_adapter"),
+    "generate": Verb(GenerateConfig, "inference.terminal:generate", makes_folder=False),
+    "evaluate": Verb(EvaluateConfig, "evaluation.evaluating:evaluate"),
+    "export": Verb(ExportConfig, "export.exporting:export_hf"),
+    "verify": Verb(VerifyConfig, "export.verify.verification:verify", makes_folder=False),
+    "show": Verb(ShowConfig, "data.visualization:show", makes_folder=False),
+    "convert_adapter": Verb(ConvertConfig, "export.imports.convert_adapter:convert_adapter"),
+    "convert_base": Verb(ConvertBaseConfig, "export.imports.convert_base:convert_base"),
+    "import_meta": Verb(ImportMetaConfig, "export.imports.import_meta:import_meta"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run `VERB --flag value ...` and exit: 0 done, 1 failed, 2 wrong words, 128 + n after signal n (130: Ctrl-C)."""
+    """Run `VERB --flag value ...` and exit: 0 done, 1 failed, 2 wrong words, 128 + n after signal n (130: Ctrl-C).
+
+    What a command prints may be read by nobody; one that prints its product then ends with 141, as after SIGPIPE.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
+    verb = VERBS.get(words[0]) if words else None
+    try:
+        with usable_streams(goes_on=verb is not None and verb.makes_folder and not _asks_for_help(words)):
+            exit_code = _exit_code(words)
+    except OutputError as error:  # at the very end
+        exit_code = _told(error)
+    _exit(exit_code)
+
+
+def _exit_code(words: list[str]) -> int:
+    """Run the command that the words name, and return the exit code, having printed the one line of an error."""
     rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
     try:
         with Stop().watching():
             _run(words)
-        sys.exit(0)
+        return 0
     except LoraAlpacaError as error:
         print(f"error: {rank}{' '.join(str(error).splitlines())}", file=sys.stderr)  # one line, whatever is in it
-        _exit(error.exit_code)
+        return error.exit_code
     except Interrupted as stop:
-        print(f"{rank}stopped by {stop.signal}: {stop}", file=sys.stderr)
-        _exit(stop.exit_code)
+        print(f"{rank}stopped by {stop.signal}: {visible(str(stop))}", file=sys.stderr)
+        return stop.exit_code
+    except OutputError as error:
+        return _told(error)
+    except OSError as error:  # of the disk or the system, where nobody expects one
+        print(
+            f"error: {rank}{visible(f'{error.filename}: ' * bool(error.filename))}{error.strerror or error}",
+            file=sys.stderr,
+        )
+        return 1
+
+
+def _told(error: OutputError) -> int:
+    """Return the exit code of a command whose output is not taken; that its reader has left needs no telling."""
+    if error.exit_code != BROKEN_PIPE:
+        print(f"error: {error}", file=sys.stderr)
+    return error.exit_code
 
 
 def _exit(exit_code: int) -> NoReturn:
@@ -70,15 +118,25 @@ def _run(words: list[str]) -> None:
 
         return print(__version__)
     name, flags = words[0], words[1:]
+    for word in words:
+        if any("\udc80" <= letter <= "\udcff" for letter in word):  # bytes that are no text
+            encoding = sys.getfilesystemencoding()
+            hint = "rename it" if encoding == "utf-8" else "set LANG to a locale with UTF-8, such as C.UTF-8"
+            raise ConfigError(f"{word!a}: not text in this terminal's encoding, {encoding}; {hint}")
     if name not in VERBS:
         raise ConfigError(f"unknown command {name}; {_nearest(name, VERBS) or 'one of ' + ', '.join(VERBS)}")
     verb = VERBS[name]
-    if {"-h", "--help"} & set(flags):
+    if _asks_for_help(flags):
         return print(help_text(verb.config))
-    config = parse(verb.config, flags)
+    require_folder()
+    config = parse(verb.config, flags, {name: verb.config for name, verb in VERBS.items()})
     check_libraries()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its warning about forks is not the user's to solve
     verb(config)
+
+
+def _asks_for_help(words: list[str]) -> bool:
+    return bool({"-h", "--help"} & set(words))
 
 
 def _nearest(word: str, known: Any) -> str:

@@ -4,9 +4,21 @@ The command line, `--help`, the record in the adapter folder and the documentati
 This module imports neither torch nor any other heavy library, so a wrong flag is answered at once.
 """
 
-from lora_alpaca.config.export import ConvertConfig, ExportConfig
+from lora_alpaca.config.evaluation import EvaluateConfig
+from lora_alpaca.config.export import ConvertBaseConfig, ConvertConfig, ExportConfig, ImportMetaConfig
 from lora_alpaca.config.inference import GenerateConfig
 from lora_alpaca.config.training import FinetuneConfig
+from lora_alpaca.config.verification import VerifyConfig
 from lora_alpaca.config.visualization import ShowConfig
 
-__all__ = ["ConvertConfig", "ExportConfig", "FinetuneConfig", "GenerateConfig", "ShowConfig"]
+__all__ = [
+    "ConvertBaseConfig",
+    "ConvertConfig",
+    "EvaluateConfig",
+    "ExportConfig",
+    "FinetuneConfig",
+    "GenerateConfig",
+    "ImportMetaConfig",
+    "ShowConfig",
+    "VerifyConfig",
+]

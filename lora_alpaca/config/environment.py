@@ -21,6 +21,14 @@ def check_libraries() -> None:
         raise LoraAlpacaError(f"{'; '.join(wrong)}: pip install -r requirements.txt puts in what was tested")
 
 
+def require_folder() -> None:
+    """Raise ConfigError where the working directory was removed: paths mean nothing there."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise ConfigError(f"the working directory cannot be used ({error.strerror}); cd to another one") from None
+
+
 def _trouble(requirement: str) -> str:
     """Return what is wrong with a library that is required as in `torch<3,>=2.13`, or nothing."""
     name = re.match(r"[\w.-]+", requirement)[0]  # type: ignore[index]  # every requirement begins with a name

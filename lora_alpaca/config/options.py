@@ -1,12 +1,15 @@
 """What an option is: a field with group, unit, meaning, checks and consequences; a config names all its mistakes."""
 
 import difflib
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from lora_alpaca.config.environment import world_size
 from lora_alpaca.errors import ConfigError
 
+UNKNOWN = "extra_forbidden"  # pydantic's type of the problem
 Decides = Literal["result", "shape", "engine", "nothing"]
 
 
@@ -37,12 +40,35 @@ def _names(value: Any) -> Any:
     return [name.strip().strip("'\"") for name in value.strip().strip("[]()").split(",") if name.strip()]
 
 
+def _targets(value: Any) -> Any:
+    """Return names and regular expressions, typed with commas between them, as a list.
+
+    A comma within brackets belongs to an expression. A list may itself be in brackets, as Python writes one.
+    """
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    if text[:1] + text[-1:] in ("[]", "()") and (
+        text[1:2] in ("'", '"') or not set("\\*+?|()[]{}^$") & set(text[1:-1])
+    ):
+        text = text[1:-1]
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [name for part in parts if (name := part.strip().strip("'\""))]
+
+
 def lower(value: Any) -> Any:
     """Return a text in lower case, so that choices may be typed in any."""
     return value.lower() if isinstance(value, str) else value
 
 
 Names = Annotated[list[str], BeforeValidator(_names), Field(min_length=1)]
+Targets = Annotated[list[str], BeforeValidator(_targets), Field(min_length=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Dtype = Annotated[Literal["auto", "bf16", "fp16", "fp32"], BeforeValidator(lower)]
 Device = Annotated[Literal["auto", "cuda", "mps", "cpu"], BeforeValidator(lower)]
@@ -60,10 +86,16 @@ class Options(BaseModel):
     wording: ClassVar[dict[str, dict[str, str]]] = {}  # option -> `help` or `auto` of this command, for shared options
 
     def __init__(self, **options: Any):
-        try:
-            super().__init__(**options)
+        texts = {name for name, field in type(self).model_fields.items() if field.default == ""}
+        try:  # a text that is not set is None in many a program, as an option that is not given is
+            super().__init__(
+                **{name: value for name, value in options.items() if value is not None or name not in texts}
+            )
         except ValidationError as error:
-            raise ConfigError("; ".join(self._sentence(problem) for problem in error.errors())) from None
+            problems = error.errors()
+            unknown = [self.unknown(options)] if any(problem["type"] == UNKNOWN for problem in problems) else []
+            known = [self._sentence(problem) for problem in problems if problem["type"] != UNKNOWN]
+            raise ConfigError("; ".join(unknown + known)) from None
 
     @classmethod
     def _sentence(cls, problem: Any) -> str:
@@ -73,15 +105,25 @@ class Options(BaseModel):
             return str(problem["ctx"]["error"]) if "ctx" in problem else message
         if problem["type"] == "missing":
             return f"{' '.join(name.upper() for name in cls.positional)} are needed, and --{where[0]} is missing"
-        if problem["type"] == "extra_forbidden":
-            return cls.unknown(str(where[0]))
         return f"--{where[0]} {problem['input']}: {message[0].lower()}{message[1:]}"
 
     @classmethod
-    def unknown(cls, name: str) -> str:
-        """Return the sentence for an option that does not exist, with the nearest one that does."""
-        near = difflib.get_close_matches(name, cls.model_fields, n=1)
-        return f"unknown flag --{name}; " + (f"did you mean --{near[0]}?" if near else "--help lists them all")
+    def unknown(cls, given: Mapping[str, Any], commands: Mapping[str, type["Options"]] | None = None) -> str:
+        """Return a sentence on those of the given options that do not exist: what other trainers' flags are here, and
+        for any other which of the `commands` has it, or the nearest one that does exist.
+        """
+        from lora_alpaca.config import other_trainers  # a table that only mistakes need
+
+        found = other_trainers.translate(given, cls.model_fields, world_size())
+        said = [f"flags of other trainers: {'; '.join(found.sentences)}"] if found.sentences else []
+        for name in found.unknown:
+            having = [command for command, config in (commands or {}).items() if name in config.model_fields]
+            near = difflib.get_close_matches(name, cls.model_fields, n=1)
+            hint = f"did you mean --{near[0]}?" if near else "--help lists them all"
+            said.append(
+                f"--{name} is a flag of {' and '.join(having)} only" if having else f"unknown flag --{name}; {hint}"
+            )
+        return "; ".join(said)
 
     def is_set(self, name: str) -> bool:
         """Return whether the user gave this option, rather than leaving it at its default."""

@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from lora_alpaca.config.options import Device, Dtype, Names, Options, option
+from lora_alpaca.config.options import Device, Dtype, Finite, Names, Options, option
 from lora_alpaca.errors import ConfigError
 
 DEMO = "demo"  # the name of the base model and of the data inside the package
@@ -55,19 +55,42 @@ class ModelOptions(BaseModelOptions):
         return self
 
 
+class SamplingOptions(Options):
+    """How the tokens of an answer are chosen."""
+
+    top_p: Finite = option(0.75, "sampling", "Sample from the likeliest tokens that make up this share.", gt=0, le=1)
+    top_k: int = option(
+        40, "sampling", "Sample from so many of the likeliest tokens; 0 is no limit.", unit="tokens", ge=0
+    )
+    min_p: Finite = option(
+        0.0, "sampling", "Sample from tokens that are at least this share as likely as the likeliest.", ge=0, le=1
+    )
+    repetition_penalty: Finite = option(
+        1.0, "sampling", "Divide the score of tokens that were there before; 1 is none.", gt=0, le=10
+    )
+    num_beams: int = option(1, "sampling", "Beams of the search; 1 is plain sampling.", unit="beams", ge=1, le=16)
+
+
 class DataOptions(Options):
     """Which rows, how they become prompts, and what of them is learned."""
 
     data_path: str = option(
         "",
         "data",
-        "Rows: a .json, .jsonl, .csv or .parquet file, each also .gz; a hub id, ID[:CONFIG][:SPLIT][@REVISION]; "
-        "`demo`; or several with commas between.",
+        "Rows: a .json, .jsonl, .csv, .tsv, .parquet or .arrow file, or a .txt or .md document, each also .gz; a "
+        "folder or a pattern of such files; a folder of save_to_disk, FOLDER[:SPLIT]; a hub id, "
+        "ID[:CONFIG][:SPLIT][@REVISION]; `demo`; or several with commas between.",
         auto=f"the demo data; {UPSTREAM_DATA} when --base_model is given",
         same_if="data_sha256",
     )
     columns: Names | None = option(
         None, "data", "Names of the fields in the data: FIELD=COLUMN pairs, as in instruction=question.", auto="none"
+    )
+    ignore_fields: Names | None = option(
+        None,
+        "data",
+        "Fields of rows and turns that carry meaning (a weight, an image, a system prompt) and are to go unused.",
+        auto="none; such a field is an error",
     )
     skip_bad_rows: bool = option(False, "data", "Leave out rows that cannot be used, and count them; else an error.")
     prompt_template_name: str = option(
@@ -82,4 +105,7 @@ class DataOptions(Options):
     )
     train_on_inputs: bool = option(False, "data", "Learn the prompts too, not only the answers.")
     train_on: Literal["all", "last"] = option("all", "data", "Which answers of a conversation are learned.")
+    train_on_reasoning: bool = option(
+        True, "data", "Learn the thoughts before the answers too; else they are only seen."
+    )
     add_eos_token: bool = option(True, "data", "Learn to end the answer; without it answers do not stop.")

@@ -6,14 +6,15 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import BeforeValidator, model_validator
 
 from lora_alpaca.config.environment import world_size
-from lora_alpaca.config.options import AutoBool, Engine, Finite, Names, lower, option
+from lora_alpaca.config.options import AutoBool, Engine, Finite, Names, Targets, lower, option
 from lora_alpaca.config.shared import ADAPTER_DIR, DEMO, DataOptions, ModelOptions
 from lora_alpaca.errors import ConfigError
 from lora_alpaca.storage.paths import user_path
 
 # what a run is identified by besides its options: names in its record, for --allow_change
 RECORDED_FACTS = (
-    "base_revision", "base_sha256", "tokenizer_sha256", "precision", "ranks", "data_sha256", "prompt_template",
+    "base_revision", "base_sha256", "tokenizer_sha256", "precision", "ranks", "data_sha256", "val_data_sha256",
+    "prompt_template",
 )  # fmt: skip
 
 
@@ -29,6 +30,13 @@ class FinetuneConfig(DataOptions, ModelOptions):
 
     output_dir: str = option(
         ADAPTER_DIR, "model and data", "Folder for the adapter and its checkpoints.", decides="nothing"
+    )
+    val_data_path: str = option(
+        "",
+        "data",
+        "Rows to validate on, named as --data_path names rows; those of --data_path are then all trained on.",
+        auto="rows of --data_path, as --val_set_size says",
+        same_if="val_data_sha256",
     )
     val_set_size: Finite | None = option(
         None,
@@ -137,10 +145,11 @@ class FinetuneConfig(DataOptions, ModelOptions):
     lora_r: int = option(8, "LoRA", "Rank of the adapter.", ge=1, decides="shape")
     lora_alpha: Finite = option(16, "LoRA", "Scale of the adapter: the update is multiplied by alpha / r.", gt=0)
     lora_dropout: Finite = option(0.05, "LoRA", "Dropout before the adapter.", ge=0, lt=1)
-    lora_target_modules: Names = option(
+    lora_target_modules: Targets = option(
         ["q_proj", "v_proj"],
         "LoRA",
-        "Modules that get an adapter: names, or all-linear. Unless given, what the architecture calls q and v.",
+        "Modules that get an adapter: names, a regular expression over full names, or all-linear. Unless given, what "
+        "the architecture calls q and v.",
         decides="shape",
     )
     use_rslora: bool = option(False, "LoRA", "Scale by alpha / sqrt(r) instead (arXiv:2312.03732).")
@@ -243,6 +252,11 @@ class FinetuneConfig(DataOptions, ModelOptions):
             raise ConfigError(
                 "--resume takes the newest checkpoint, --resume_from_checkpoint a named one; give one of them"
             )
+        if (self.resume_from_checkpoint or "").lower() in ("true", "1"):
+            raise ConfigError(
+                f"--resume_from_checkpoint {self.resume_from_checkpoint}: it names a folder; the newest checkpoint in "
+                "--output_dir is taken by --resume"
+            )
         for name in self.allow_change or []:
             if name not in {*type(self).model_fields, *RECORDED_FACTS}:
                 raise ConfigError(f"--allow_change {name}: no such name; the refusal to resume lists them")
@@ -253,6 +267,7 @@ class FinetuneConfig(DataOptions, ModelOptions):
         for flag, name in (
             ("base_model", self.base_model),
             *(("data_path", name) for name in self.data_path.split(",")),
+            *(("val_data_path", name) for name in self.val_data_path.split(",")),
         ):
             if name not in ("", DEMO) and user_path(name).exists() and _holds(self.output_dir, name):
                 raise ConfigError(f"--output_dir {self.output_dir} is, or holds, --{flag} {name}; name another folder")

@@ -6,6 +6,7 @@
 `detokenization` makes text of token ids, `visualization` shows rows as training sees them.
 """
 
-from lora_alpaca.data.rows import Rows, demo_file, gc_disabled, held_out
+from lora_alpaca.data.readers.sources import demo_file
+from lora_alpaca.data.rows import Rows, gc_disabled, held_out
 
 __all__ = ["Rows", "demo_file", "gc_disabled", "held_out"]

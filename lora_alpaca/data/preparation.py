@@ -4,11 +4,11 @@ Only tokens are kept, so a million rows need little more memory than their ids.
 """
 
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 
@@ -32,16 +32,23 @@ class Prepared:
     statistics: Statistics
 
 
-def prepare(rows: Rows, encoder: Encoder, held_out: set[int], progress: Callable[[int], None]) -> Prepared:
-    """Return the examples of all rows, those of the numbers in `held_out` for validation.
+def prepare(
+    rows: Rows,
+    encoder: Encoder,
+    held_out: set[int],
+    progress: Callable[[int], None],
+    validation: Rows | None = None,
+) -> Prepared:
+    """Return the examples of all rows; those of the numbers in `held_out`, and of `validation`, are for validation.
 
-    `progress` is called with the number of rows that are done. Raises DataError where no row is left to learn from,
-    or for the first row that is too long under `--overlong error`.
+    `progress` is called with the number of rows that are done. Raises DataError where no row is left to learn from, or
+    none of `validation` to validate on, or for the first row that is too long under `--overlong error`.
     """
-    preparation = _Preparation(rows, encoder, held_out)
+    parts = [rows] if validation is None else [rows, validation]
+    preparation = _Preparation(parts, encoder, held_out)
     first = 0
     with gc_disabled(), ThreadPoolExecutor(THREADS) as pool:
-        for chunk, encoded in _encoded_ahead(pool, encoder, _chunks(rows)):
+        for chunk, encoded in _encoded_ahead(pool, encoder, chain.from_iterable(map(_chunks, parts))):
             preparation.take(first, chunk, encoded)
             first += len(chunk)
             progress(len(chunk))
@@ -56,14 +63,14 @@ def _chunks(rows: Rows) -> Iterator[list[Conversation]]:
 
 def _encoded_ahead(
     pool: ThreadPoolExecutor, encoder: Encoder, chunks: Iterable[list[Conversation]]
-) -> Iterator[tuple[list[Conversation], list[Example]]]:
+) -> Iterator[tuple[list[Conversation], list[list[Example]]]]:
     """Yield chunks with their encoded rows, in order, while the next ones are being encoded.
 
     The tokenizer works outside of Python, so chunks are encoded at the same time, and while Python counts.
     """
-    pending: deque[tuple[list[Conversation], Future[list[Example]]]] = deque()
+    pending: deque[tuple[list[Conversation], Future[list[list[Example]]]]] = deque()
     for chunk in chunks:
-        pending.append((chunk, pool.submit(encoder.encode, chunk)))
+        pending.append((chunk, pool.submit(encoder.encode_rows, chunk)))
         if len(pending) > THREADS:
             done, encoded = pending.popleft()
             yield done, encoded.result()
@@ -72,63 +79,74 @@ def _encoded_ahead(
 
 
 class _Preparation:
-    """Two builders, and the statistics, that the encoded rows are added to."""
+    """Two builders, and the statistics, that the encoded rows are added to.
 
-    def __init__(self, rows: Rows, encoder: Encoder, held_out: set[int]):
-        self._encoder, self._choices, self._held_out = encoder, encoder.choices, held_out
-        self._documents = set(rows.formats) == {"text"}
-        block = self._choices.cutoff_len if self._documents else 0
-        self._parts = {"train": Builder(block), "validation": Builder(block)}
-        self._double, self._shared = _doubles(rows, held_out)
-        self._lengths = np.zeros(len(rows), np.int32)
+    `files` are the rows to train on and, where they are rows of their own, those to validate on; numbered through.
+    """
+
+    def __init__(self, files: Sequence[Rows], encoder: Encoder, held_out: set[int]):
+        self._encoder, self._choices, self._files = encoder, encoder.choices, files
+        number = sum(map(len, files))
+        self._held_out = held_out | set(range(len(files[0]), number))
+        self._documents = {"train": are_documents(files[0]), "validation": are_documents(files[-1])}
+        self._parts = {name: Builder(self._choices.cutoff_len * joined) for name, joined in self._documents.items()}
+        self._double, self._shared = _doubles(files, self._held_out)
+        self._lengths = np.zeros(number, np.int32)
         self.statistics = Statistics(
-            self._choices.cutoff_len, read=len(rows) + len(rows.dropped), formats=dict(rows.formats)
+            self._choices.cutoff_len,
+            read=number + sum(len(rows.dropped) for rows in files),
+            formats=dict(sum((rows.formats for rows in files), Counter())),
         )
-        for where, reason in rows.dropped:
-            self.statistics.bad.add(where, reason)
-        for where in rows.empty_answers:
-            self.statistics.empty_answers.add(where)
-        for where in rows.blank_instructions:
-            self.statistics.blank_instructions.add(where)
+        for rows in files:
+            for where, reason in rows.dropped:
+                self.statistics.bad.add(where, reason)
+            for where in rows.empty_answers:
+                self.statistics.empty_answers.add(where)
+            for where in rows.blank_instructions:
+                self.statistics.blank_instructions.add(where)
 
-    def take(self, first: int, conversations: list[Conversation], encoded: list[Example]) -> None:
+    def take(self, first: int, conversations: list[Conversation], encoded: list[list[Example]]) -> None:
         """Count encoded rows, whose numbers begin at `first`, and add them to the training or the validation part."""
-        for number, (conversation, row) in enumerate(zip(conversations, encoded, strict=True), start=first):
-            self._note(number, conversation, row)
-            kept = row if self._documents else self._fitted(row, conversation.where)
-            if kept is not None:
-                self._parts["validation" if number in self._held_out else "train"].add(kept)
+        for number, (conversation, examples) in enumerate(zip(conversations, encoded, strict=True), start=first):
+            self._note(number, conversation, examples)
+            part = "validation" if number in self._held_out else "train"
+            for kept in examples if self._documents[part] else self._fitted(examples, conversation.where):
+                self._parts[part].add(kept)
 
-    def _note(self, number: int, conversation: Conversation, row: Example) -> None:
+    def _note(self, number: int, conversation: Conversation, examples: list[Example]) -> None:
         statistics, where = self.statistics, conversation.where
-        self._lengths[number] = len(row.ids)
+        self._lengths[number] = max((len(example.ids) for example in examples), default=0)
         if self._double[number]:
             statistics.duplicates.add(where)
         if self._shared[number]:
             statistics.shared.add(where)
-        learns_all = self._choices.add_eos_token and self._choices.train_on == "all"
-        if learns_all and len(row.ends) < len(conversation.answers):
-            statistics.last_turn_only.add(where)
+        if not conversation.learned:
+            statistics.unlearned.add(where)
+        elif not all(message.learned for message in conversation.messages):
+            statistics.only_seen.add(where)
+        if len(examples) > 1:
+            statistics.turn_by_turn.add(where)
         typed = next(filter(None, map(self._encoder.text.control_pattern.search, conversation.texts())), None)
         if typed:
             statistics.control_text.add(where, typed[0])
 
-    def _fitted(self, row: Example, where: str) -> Example | None:
-        """Return a row at most as long as the cutoff, or None for one that is dropped."""
+    def _fitted(self, examples: list[Example], where: str) -> list[Example]:
+        """Return the examples of a row at most as long as the cutoff, without those that are dropped."""
         statistics, cutoff, overlong = self.statistics, self._choices.cutoff_len, self._choices.overlong
-        long = len(row.ids) > cutoff
-        if long and overlong == "error":
-            raise DataError(f"{where}: {len(row.ids)} tokens, more than --cutoff_len {cutoff} (--overlong error)")
-        if long and overlong == "drop":
+        longest = max((len(example.ids) for example in examples), default=0)
+        if longest > cutoff and overlong == "error":
+            raise DataError(f"{where}: {longest} tokens, more than --cutoff_len {cutoff} (--overlong error)")
+        fitting = [example for example in examples if len(example.ids) <= cutoff or overlong != "drop"]
+        kept = [example.cut(cutoff) if len(example.ids) > cutoff else example for example in fitting]
+        cut = [(example, rest) for example, rest in zip(fitting, kept, strict=True) if rest is not example]
+        kept = [example for example in kept if example.num_labels()]
+        if len(fitting) < len(examples):
             statistics.overlong.add(where)
-            return None
-        kept = row.cut(cutoff) if long else row
-        if not kept.num_labels():
+        elif len(kept) < len(fitting):
             statistics.without_label.add(where)
-            return None
-        if long:
+        if cut := [(example, rest) for example, rest in cut if rest.num_labels()]:
             statistics.truncated.add(where)
-            if len(kept.ends) < len(row.ends):
+            if any(len(rest.ends) < len(example.ends) for example, rest in cut):
                 statistics.ends_lost.add(where)
         return kept
 
@@ -139,7 +157,12 @@ class _Preparation:
             raise DataError(
                 f"no row has anything to learn at --cutoff_len {self._choices.cutoff_len}: "
                 f"{statistics.dropped()} of {statistics.read} rows are dropped "
-                f"(first: {(statistics.without_label.first + statistics.overlong.first + statistics.bad.first)[0]})"
+                f"(first: {statistics.first_dropped()})"
+            )
+        if len(self._files) > 1 and not len(validation):
+            raise DataError(
+                f"--val_data_path {self._files[1].data_path}: at --cutoff_len {self._choices.cutoff_len} no row of it "
+                "has an answer to validate on"
             )
         statistics.train, statistics.validation = len(train), len(validation)
         statistics.tokens, statistics.learned = len(train.ids), int((train.spans[:, 1] - train.spans[:, 0]).sum())
@@ -151,9 +174,14 @@ class _Preparation:
         return Prepared(train, validation, statistics)
 
 
-def _doubles(rows: Rows, held_out: set[int]) -> tuple[np.ndarray, np.ndarray]:
+def are_documents(rows: Rows) -> bool:
+    """Return whether rows are documents, which are put end to end and cut to blocks of --cutoff_len."""
+    return set(rows.formats) == {"text"}
+
+
+def _doubles(files: Sequence[Rows], held_out: set[int]) -> tuple[np.ndarray, np.ndarray]:
     """Return for every row whether an earlier one says the same, and whether it is held out and trained on too."""
-    keys = np.frombuffer(rows.keys, np.uint64)
+    keys = np.concatenate([np.frombuffer(rows.keys, np.uint64) for rows in files])
     double, held = np.ones(len(keys), bool), np.zeros(len(keys), bool)
     double[np.unique(keys, return_index=True)[1]] = False
     held[list(held_out)] = True

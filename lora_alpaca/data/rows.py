@@ -8,28 +8,19 @@ import contextlib
 import gc
 import hashlib
 import math
-import os
 import random
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
-from lora_alpaca.config.shared import DEMO
 from lora_alpaca.data import formats
-from lora_alpaca.data.formats import Format, RowError
-from lora_alpaca.data.readers import files
-from lora_alpaca.data.readers.json_rows import Bad, NumberedRows
+from lora_alpaca.data.formats import Fields, Format, Rejected, RowError
+from lora_alpaca.data.readers.json_rows import Bad
+from lora_alpaca.data.readers.sources import open_sources
 from lora_alpaca.errors import DataError
 from lora_alpaca.prompts import Conversation
-from lora_alpaca.storage.paths import user_path
 
 MAX_VALIDATION_ROWS = 2000
-
-
-def demo_file(name: str) -> Path:
-    """Return the path of a part of the demo data: train, development, final or spare."""
-    return Path(__file__).parent.parent / "demo" / "instructions" / f"{name}.json"
 
 
 @contextlib.contextmanager
@@ -47,22 +38,31 @@ def gc_disabled() -> Iterator[None]:
 class Rows(Iterable[Conversation]):
     """The good rows behind `--data_path`, in their order; every iteration reads them anew.
 
-    `data_path` is a file, a hub id with optional config, split and revision, `demo`, or several with commas between.
-    `columns` are FIELD=COLUMN pairs; `skip_bad_rows` leaves out what would be an error. Raises DataError naming file
-    and row.
+    `data_path` is a file, a folder or pattern of files, a hub id with optional config, split and revision, `demo`, or
+    several with commas between. `columns` are FIELD=COLUMN pairs; `skip_bad_rows` leaves out what would be an error;
+    `ignore_fields` are fields of rows and turns that may go unused though they carry meaning. Raises DataError naming
+    file and row.
 
-    `dropped` are (where, reason) of bad rows; `formats` counts rows by format; `keys` has a 64-bit hash of every row;
-    `empty_answers` and `blank_instructions` name such rows; `digest` is a sha256 of all texts.
+    `fields` tells which fields went unused; `dropped` are (where, reason) of bad rows; `formats` counts rows by
+    format; `keys` has a 64-bit hash of every row; `empty_answers` and `blank_instructions` name such rows;
+    `digest` is a sha256 of all that they say.
     """
 
-    def __init__(self, data_path: str, columns: list[str] | None = None, skip_bad_rows: bool = False):
+    def __init__(
+        self,
+        data_path: str,
+        columns: list[str] | None = None,
+        skip_bad_rows: bool = False,
+        ignore_fields: list[str] | None = None,
+    ):
         self.data_path = data_path
         self._columns = formats.parse_columns(columns or [])
         self._skip = skip_bad_rows
-        self._sources = [_Source(part) for part in _parts(data_path)]
+        self._sources, self._found = open_sources(data_path)
         self.formats: Counter[str] = Counter()
         self.dropped: list[tuple[str, str]] = []
-        self.ignored: set[str] = set()  # fields that the format has no use for
+        self.fields = Fields(ignore_fields or ())
+        self._rejected: list[tuple[str, str]] = []
         self.empty_answers: list[str] = []
         self.blank_instructions: list[str] = []
         self.keys = array("Q")
@@ -83,6 +83,11 @@ class Rows(Iterable[Conversation]):
         if count < len(self):
             raise DataError(f"{self.data_path}: {len(self)} rows, and now {count}: the data changed; start again")
 
+    @property
+    def notes(self) -> list[str]:
+        """Return lines on what the rows were read from, and what was left out there."""
+        return [*self._found, *(note for source in self._sources for note in source.notes)]
+
     def _first_reading(self) -> None:
         sha = hashlib.sha256()
         answered = 0
@@ -91,13 +96,19 @@ class Rows(Iterable[Conversation]):
             sha.update(key)
             self.keys.append(_number(key))
             self.formats[kind.name] += 1
-            filled = any(answer.strip() for answer in conversation.answers)
-            answered += filled
-            if not all(answer.strip() for answer in conversation.answers):
+            blank = [message.is_blank for message in conversation.messages if message.role == "assistant"]
+            answered += not all(blank)
+            if any(blank):
                 self.empty_answers.append(conversation.where)
             if not all(message.text.strip() for message in conversation.users):
                 self.blank_instructions.append(conversation.where)
         self.digest = sha.hexdigest()
+        if self._rejected and not self._skip:
+            number, (where, reason) = len(self._rejected), self._rejected[0]
+            raise DataError(
+                f"{where}: {reason}; {number:,} of {len(self) + number:,} rows are so, and bad answers are never "
+                "learned: --skip_bad_rows leaves them out"
+            )
         if not self.keys:
             dropped = (
                 f" that can be used, and {len(self.dropped)} that cannot; {self._reason()}" if self.dropped else ""
@@ -127,52 +138,27 @@ class Rows(Iterable[Conversation]):
                         raise RowError(row.reason)
                     named = formats.renamed(row, self._columns)
                     kind = kind or formats.recognise(named)
-                    conversation = formats.conversation(named, kind, where)
+                    conversation = formats.conversation(named, kind, where, self.fields)
                 except RowError as error:
+                    if isinstance(error, Rejected) and not self._skip:  # an error too, once they are counted
+                        self._rejected.append((where, str(error)))
+                        continue
                     if not self._skip and row != {}:  # where all rows are {}, the error is that there are none
                         raise DataError(f"{where}: {error}") from None
                     drop(where, str(error))
                     continue
-                self.ignored |= named.keys() - set(kind.fields + kind.optional)
                 yield conversation, kind
 
 
-class _Source:
-    """One file or hub dataset of `--data_path`; a name that is neither is refused before anything is read."""
-
-    def __init__(self, name: str):
-        path = demo_file("train") if name == DEMO else user_path(name)
-        self._path: Path | None = path
-        self.name = path.name
-        if files.suffix(path):
-            return
-        exists = os.path.exists(path)
-        hub = files.hub_id(name)
-        local = exists or path.is_absolute() or name.startswith((".", "~")) or (path.suffix and "/" not in name)
-        if local or not hub:
-            kinds = ", ".join(files.SUFFIXES)
-            what = "a folder" if os.path.isdir(path) else "a file of another kind" if exists else "no such file"
-            raise DataError(f"--data_path {name}: {what}; data is read from {kinds}, each also .gz, or from a hub id")
-        self._path, self.name = None, name
-
-    def read(self) -> NumberedRows:
-        return files.read_hub(self.name) if self._path is None else files.read_file(self._path)
-
-
-def _parts(data_path: str) -> list[str]:
-    """Return the sources of a --data_path, which is a list with commas unless it names a file."""
-    if files.suffix(Path(data_path)) and os.path.exists(user_path(data_path)):
-        return [data_path]
-    return [part.strip() for part in data_path.split(",") if part.strip()]
-
-
 def _key(conversation: Conversation) -> bytes:
-    """Return a hash of the roles and texts of a row, of 16 bytes."""
+    """Return a hash of everything that a row says, of 16 bytes."""
     texts = [
         part
         for message in conversation.messages  # lengths keep "a", "bc" and "ab", "c" apart
         for part in (message.role, str(len(message.text)), message.text, str(len(message.input)), message.input)
     ]
+    if not conversation.is_plain or not all(message.learned for message in conversation.messages):
+        texts.append(repr((conversation.messages, conversation.tools)))
     return hashlib.blake2b("\n".join(texts).encode(), digest_size=16).digest()
 
 

@@ -35,12 +35,14 @@ SENTENCES = {  # by field, in the order in which they are printed
     "shared": "are in both the training and the validation part",
     "empty_answers": "have an empty answer: they teach to say nothing",
     "blank_instructions": "have a blank instruction",
-    "last_turn_only": "are learned in their last answer only, since the chat template rewrites the earlier ones",
+    "unlearned": "have no answer to learn (weight 0, train false); they are dropped",
 }
 NOTES = {  # not amiss, but good to know
+    "only_seen": "have answers that are seen, not learned (weight 0, train false)",
+    "turn_by_turn": "become an example for each turn, since the chat template rewrites earlier ones",
     "control_text": "hold control tokens as text (like {example}); they stay text",
 }
-FORMER = {"other_ids"}  # counts of earlier versions, which saved statistics may hold
+FORMER = {"other_ids", "last_turn_only"}  # counts of earlier versions, which saved statistics may hold
 
 
 @dataclass
@@ -64,7 +66,9 @@ class Statistics:
     shared: Count = field(default_factory=Count)
     empty_answers: Count = field(default_factory=Count)
     blank_instructions: Count = field(default_factory=Count)
-    last_turn_only: Count = field(default_factory=Count)
+    unlearned: Count = field(default_factory=Count)
+    only_seen: Count = field(default_factory=Count)
+    turn_by_turn: Count = field(default_factory=Count)
     control_text: Count = field(default_factory=Count)
 
     def lines(self) -> list[str]:
@@ -73,7 +77,7 @@ class Statistics:
         masked = self.tokens - self.learned
         lengths = ", ".join(f"{name} {length}" for name, length in self.percentiles.items())
         lines = [
-            f"{self.read:,} rows read ({kinds}); {self.train:,} to train on, {self.validation:,} held out",
+            f"{self.read:,} rows read ({kinds}); {self.train:,} to train on, {self.validation:,} to validate on",
             f"{self.tokens:,} tokens, {self.learned:,} of them learned, {masked:,} only seen; row lengths: {lengths}",
         ]
         for key, sentence in SENTENCES.items():
@@ -93,7 +97,12 @@ class Statistics:
 
     def dropped(self) -> int:
         """Return how many rows are not trained or validated on."""
-        return self.bad.count + self.overlong.count + self.without_label.count
+        return self.bad.count + self.overlong.count + self.without_label.count + self.unlearned.count
+
+    def first_dropped(self) -> str:
+        """Return where a row is that is not trained or validated on."""
+        counts = (self.without_label, self.overlong, self.unlearned, self.bad)
+        return next(found.first[0] for found in counts if found.first)
 
     def check(self, max_truncated: float | None, max_dropped: float | None, max_duplicates: float | None) -> None:
         """Raise DataError where more rows than allowed, as shares of all that were read, were lost or are doubles."""

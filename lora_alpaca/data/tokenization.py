@@ -13,7 +13,7 @@ from operator import itemgetter
 from typing import Any, Literal
 
 from lora_alpaca.data.detokenization import IncrementalDecoder
-from lora_alpaca.errors import ModelError
+from lora_alpaca.errors import ModelError, TemplateError
 from lora_alpaca.prompts import EOS, Fragment
 
 Position = Literal["first", "after_token", "continuation"]
@@ -26,8 +26,11 @@ class TextEncoder:
         self._tokenizer = tokenizer
         self.eos_id: int | None = tokenizer.eos_token_id
         self.bos: list[int] = [i for i in tokenizer("")["input_ids"] if i == tokenizer.bos_token_id][:1]
-        self._first = _plain(_backend_state(tokenizer))
-        self._continuation = _plain(_without_dummy_prefix(_backend_state(tokenizer)))
+        state = _backend_state(tokenizer)
+        continuing = _without_dummy_prefix(state)
+        same = continuing == state
+        self._first = _plain(state)
+        self._continuation = self._first if same else _plain(continuing)
 
     def encode(self, texts: Sequence[str], position: Position) -> list[list[int]]:
         """Return the ids of texts that are all in one position of their rows, without control tokens around them."""
@@ -37,8 +40,13 @@ class TextEncoder:
         return [found.ids for found in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def token_id(self, control: str) -> int:
-        """Return the id of a control token by its name; `EOS` is the end token."""
-        number: int = self.eos_id if control == EOS else self._tokenizer.convert_tokens_to_ids(control)  # type: ignore[assignment]
+        """Return the id of a control token by its name; `EOS` is the end token. TemplateError if there is none."""
+        number: int | None = self.eos_id if control == EOS else self._tokenizer.convert_tokens_to_ids(control)
+        if number is None:
+            raise TemplateError(
+                "the template puts the end token behind every answer, and the tokenizer has none; take a template of "
+                "one turn, such as alpaca"
+            )
         return number
 
     def fragments(self, rows: Sequence[Sequence[Fragment]], begins_itself: bool = False) -> list[list[list[int]]]:
@@ -60,6 +68,11 @@ class TextEncoder:
     def prompt(self, fragments: Sequence[Fragment], begins_itself: bool = False) -> list[int]:
         """Return the ids that generation is fed."""
         return [token for ids in self.fragments([fragments], begins_itself)[0] for token in ids] or list(self.bos)
+
+    def tokens_before(self, answer: str, characters: int) -> int:
+        """Return how many tokens of an answer, which is encoded as a continuation, lie in its first characters."""
+        found = self._continuation.encode(answer, add_special_tokens=False)
+        return sum(end <= characters for _, end in found.offsets)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Return the text of every token, control tokens by name; joined, they are the decoded row.
@@ -134,6 +147,43 @@ def hash_tokenizer(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps([state, ends], sort_keys=True).encode()).hexdigest()
 
 
+def reads_same(one: Any, other: Any) -> bool:
+    """Return whether two tokenizers turn every text into the same ids, and have the same special tokens."""
+
+    def identity(tokenizer: Any) -> list[Any]:
+        names = [getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")]
+        _, _, state = tokenizer.backend_tokenizer.to_str().partition('"added_tokens":')  # behind padding and cutting
+        return [*names, tokenizer("")["input_ids"], state]
+
+    return identity(one) == identity(other)
+
+
+def tokenizer_json(tokenizer: Any) -> bytes:
+    """Return the content of a `tokenizer.json` that reads text as a tokenizer does. Raises ModelError as above."""
+    state = _backend_state(tokenizer) | {"truncation": None, "padding": None}
+    return (json.dumps(state, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def prepends(tokenizer: Any) -> str:
+    """Return which texts a tokenizer of SentencePiece puts a space before, `first`, `always` or `never`, or nothing."""
+    pre = _backend_state(tokenizer).get("pre_tokenizer") or {}
+    return str(pre.get("prepend_scheme", ""))
+
+
+def reads_alike(tokenizer: Any, content: bytes, texts: Sequence[str]) -> bool:
+    """Return whether a `tokenizer.json`, taken as it stands, reads texts with control tokens as a tokenizer does."""
+    from tokenizers import Tokenizer
+
+    try:
+        plain = Tokenizer.from_str(content.decode())
+    except Exception:  # tokenizers has no type of its own for what does not hang together
+        return False
+    plain.no_truncation()
+    plain.no_padding()
+    found = [one.ids for one in plain.encode_batch(list(texts), add_special_tokens=False)]
+    return found == [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+
+
 def _backend_state(tokenizer: Any) -> dict[str, Any]:
     """Return the JSON of what encodes in a tokenizer. ModelError for one written in Python, which has none."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -152,7 +202,10 @@ def _plain(state: dict[str, Any]) -> Any:
         for token in filter(itemgetter("special"), state["added_tokens"]):
             if token["id"] < len(state["model"]["vocab"]):
                 token["content"] = state["model"]["vocab"][token["id"]][0] = f"\0 {token['id']} \0"
-    tokenizer = Tokenizer.from_str(json.dumps(state))
+    try:
+        tokenizer = Tokenizer.from_str(json.dumps(state))
+    except Exception as error:  # tokenizers has no type of its own for what does not hang together
+        raise ModelError(f"tokenizer.json: {error}; copy or download the model again") from None
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()

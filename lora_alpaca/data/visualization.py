@@ -4,6 +4,7 @@ import html
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import cycle, groupby
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from lora_alpaca.config.shared import DEMO
 from lora_alpaca.data import Rows
 from lora_alpaca.data.encoding import Encoder
 from lora_alpaca.data.examples import Example
-from lora_alpaca.errors import ConfigError, FolderError
+from lora_alpaca.data.preparation import are_documents
+from lora_alpaca.errors import ConfigError, FolderError, visible
 from lora_alpaca.models.base import locate_base
 from lora_alpaca.models.tokenizer import load_tokenizer
 from lora_alpaca.prompts import Conversation, fitting_template, load_template
@@ -29,23 +31,29 @@ def show(config: ShowConfig) -> None:
     """Print the rows that a config names, or write them to a page. Raises what training on them would raise."""
     template = load_template(config.prompt_template_name) if config.prompt_template_name else None
     target = None if config.html is None else _target(user_path(config.html))
-    rows = Rows(config.data_path or DEMO, config.columns, config.skip_bad_rows)
+    rows = Rows(config.data_path or DEMO, config.columns, config.skip_bad_rows, config.ignore_fields)
     numbers = (
         _numbers(config.row, len(rows)) if config.is_set("row") or target is None else range(1, ROWS_ON_A_PAGE + 1)
     )
     base = locate_base(config.base_model or DEMO, config.revision, config.trust_remote_code)
-    tokenizer = load_tokenizer(base)
+    tokenizer, notes = load_tokenizer(base)
+    print(*(f"{visible(note)}\n" for note in [*rows.notes, *notes]), sep="", end="", file=sys.stderr)
     template = (template or fitting_template(rows.formats, tokenizer)).bound(tokenizer)
-    encoder = Encoder.from_options(tokenizer, template, config)
+    encoder = Encoder.from_options(tokenizer, template, config, base.vocabulary)
     chosen = [row for number, row in enumerate(rows, start=1) if number in set(numbers)]
-    pairs = list(zip(chosen, encoder.encode(chosen), strict=True))
+    joined = are_documents(rows)
+    of_rows = [
+        shown(row, example, encoder, joined)
+        for row, examples in zip(chosen, encoder.encode_rows(chosen), strict=True)
+        for example in examples
+    ]
     title = f"{config.data_path or DEMO}, template {template.name}, tokenizer of {base.name}"
     if target is None:
         coloured = "NO_COLOR" not in os.environ and (sys.stdout.isatty() or "FORCE_COLOR" in os.environ)
-        print(*(_in_terminal(row, encoded, encoder, coloured) for row, encoded in pairs), sep="\n\n")
+        print(*(_in_terminal(row, coloured) for row in of_rows), sep="\n\n")
         return
-    atomic.replace(target, page(title, pairs, encoder).encode())
-    print(f"{len(pairs)} rows written to {target}")
+    atomic.replace(target, page(visible(title), of_rows).encode())
+    print(f"{len(of_rows)} rows written to {visible(str(target))}")
 
 
 def _numbers(given: Sequence[str], rows: int) -> list[int]:
@@ -57,41 +65,73 @@ def _numbers(given: Sequence[str], rows: int) -> list[int]:
 
 def _target(path: Path) -> Path:
     """Return the path of a page, having made sure that nothing but an earlier page of ours is written over."""
-    if path.is_dir() or (path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace")[:500]):
+    if os.path.lexists(path) and not _is_page(path):
         raise FolderError(f"--html {path}: there is something else under this name; choose another")
     if not path.parent.is_dir():
         raise FolderError(f"--html {path}: the folder {path.parent} does not exist")
     return path
 
 
+def _is_page(path: Path) -> bool:
+    """Return whether a file, and no link to one, is a page of ours."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return _MARK.encode() in file.read(500)
+
+
 def tokens(encoded: Example, encoder: Encoder) -> list[Token]:
-    """Return the tokens of a row as (text, learned | seen | cut). The texts joined are the row as it is decoded."""
-    kept = _cut(encoded, encoder)
+    """Return the tokens of a row as (text, learned | seen | cut). The texts joined are the row, made visible."""
+    kept = _kept(encoded, encoder)
     kinds = ["learned" if learned else "seen" for learned in kept.mask()]
     kinds += ["cut"] * (len(encoded.ids) - len(kinds))
-    return list(zip(encoder.text.pieces(encoded.ids.tolist()), kinds, strict=True))
+    return list(zip(map(visible, encoder.text.pieces(encoded.ids.tolist())), kinds, strict=True))
 
 
-def _cut(encoded: Example, encoder: Encoder) -> Example:
-    return encoded.cut(encoder.choices.cutoff_len) if len(encoded.ids) > encoder.choices.cutoff_len else encoded
+def _kept(encoded: Example, encoder: Encoder) -> Example:
+    """Return what training keeps of a row that is no document."""
+    cutoff = encoder.choices.cutoff_len
+    if len(encoded.ids) <= cutoff:
+        return encoded
+    return encoded.cut(cutoff if encoder.choices.overlong == "truncate" else 0)
 
 
 def _summary(encoded: Example, encoder: Encoder) -> str:
-    kept = _cut(encoded, encoder)
-    learned = kept.mask().sum()
+    kept, cutoff, overlong = _kept(encoded, encoder), encoder.choices.cutoff_len, encoder.choices.overlong
     lost = len(encoded.ids) - len(kept.ids)
-    cut = f", {lost} cut off at --cutoff_len {encoder.choices.cutoff_len}" if lost else ""
+    if lost and overlong != "truncate":
+        what = "the row is dropped" if overlong == "drop" else "an error"
+        return f"{lost} tokens, more than --cutoff_len {cutoff}: {what} (--overlong {overlong})"
+    cut = f", {lost} cut off at --cutoff_len {cutoff}" if lost else ""
     if not kept.num_labels():
         cut += "; nothing is left to learn, the row is dropped"
-    return f"{len(kept.ids)} tokens, {learned} of them learned{cut}"
+    return f"{len(kept.ids)} tokens, {kept.mask().sum()} of them learned{cut}"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A row as it is shown: where it is from, one line on it, and its tokens."""
+
+    where: str
+    summary: str
+    tokens: list[Token]
+
+
+def shown(row: Conversation, encoded: Example, encoder: Encoder, joined: bool) -> Shown:
+    """Return a row as it is shown; `joined` says that the rows are documents, which training puts end to end."""
+    if not joined:
+        return Shown(visible(row.where), _summary(encoded, encoder), tokens(encoded, encoder))
+    pieces = map(visible, encoder.text.pieces(encoded.ids.tolist()))
+    blocks = f"documents are put end to end and learned in blocks of --cutoff_len {encoder.choices.cutoff_len}"
+    return Shown(visible(row.where), f"{len(encoded.ids)} tokens; {blocks}", [(text, "learned") for text in pieces])
 
 
 # ---------------------------------------------------------------------------------------------------------- terminal
 
 
-def _in_terminal(row: Conversation, encoded: Example, encoder: Encoder, coloured: bool) -> str:
+def _in_terminal(row: Shown, coloured: bool) -> str:
     """Return a row for the terminal: learned tokens on green, what is cut struck out; without colours, in brackets."""
-    found = tokens(encoded, encoder)
+    found = row.tokens
     if coloured:
         greens = cycle(_LEARNED)
         colours = {"seen": _SEEN, "cut": _CUT}
@@ -105,7 +145,7 @@ def _in_terminal(row: Conversation, encoded: Example, encoder: Encoder, coloured
             between = "|" if kind == "learned" else ""
             body += brackets[kind][0] + between.join(text for text, _ in group) + brackets[kind][1]
         legend = "\u27e6learned|token|by|token\u27e7 seen \u27e8cut\u27e9"
-    return f"{row.where}: {_summary(encoded, encoder)}   {legend}\n{body}"
+    return f"{row.where}: {row.summary}   {legend}\n{body}"
 
 
 def _alternating(found: Sequence[Token]) -> Iterator[Token]:
@@ -117,7 +157,7 @@ def _alternating(found: Sequence[Token]) -> Iterator[Token]:
 
 def _lines_coloured(text: str, colour: str) -> str:
     """Return a text in a colour that ends with every line, so that a terminal does not paint to its edge."""
-    return "\n".join(f"{colour}{line}{_PLAIN}" if line else "" for line in text.replace("\r", "\u240d").split("\n"))
+    return "\n".join(f"{colour}{line}{_PLAIN}" if line else "" for line in text.split("\n"))
 
 
 # -------------------------------------------------------------------------------------------------------------- page
@@ -139,15 +179,12 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; padding: .8rem 1rem; borde
 """
 
 
-def page(title: str, rows: Sequence[tuple[Conversation, Example]], encoder: Encoder) -> str:
+def page(title: str, rows: Sequence[Shown]) -> str:
     """Return a web page of rows that needs nothing but itself; whatever the rows contain is text on it."""
     sections = []
-    for row, encoded in rows:
-        spans = "".join(
-            f'<span class="{kind}">{html.escape(text)}</span>' for text, kind in _alternating(tokens(encoded, encoder))
-        )
-        where = html.escape(row.where)
-        sections.append(f"<h2>{where} <small>{_summary(encoded, encoder)}</small></h2>\n<pre>{spans}</pre>")
+    for row in rows:
+        spans = "".join(f'<span class="{kind}">{html.escape(text)}</span>' for text, kind in _alternating(row.tokens))
+        sections.append(f"<h2>{html.escape(row.where)} <small>{row.summary}</small></h2>\n<pre>{spans}</pre>")
     legend = '<span class="learned">learned</span> <span class="seen">seen</span> <span class="cut">cut off</span>'
     return (
         f'<!doctype html>{_MARK}\n<html lang="en"><meta charset="utf-8">'

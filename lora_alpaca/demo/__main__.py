@@ -62,7 +62,7 @@ def exact_match(generator: Generator, rows: list[Conversation]) -> float:
     hits = 0
     for start in range(0, len(ordered), BATCH):
         batch = ordered[start : start + BATCH]
-        replies = generator.reply_batch([(row.question.text, row.question.input) for row in batch])
+        replies = generator.batch([(row.question.text, row.question.input) for row in batch])
         hits += sum([reply] == row.answers for reply, row in zip(replies, batch, strict=True))
     return hits / len(rows)
 

@@ -1,8 +1,8 @@
 """Examples to batches to losses, on the library's own model with our attention, pointwise and loss functions.
 
-`fitting` makes a model ready to train: `patches` replaces its layers, `equivalence` compares packs with single rows.
-`engines` compute the losses of `batches`, packed (`packing`, `attention`) or padded; `loss`, `pointwise` and
-`int8_linear` are our layers, `allocator` keeps buffers.
+`fitting` makes a model ready to train: `patches` replaces its layers, `equivalence` compares packs with single rows,
+which `reference` computes. `engines` compute the losses of `batches`, packed (`packing`, `attention`) or padded;
+`loss`, `pointwise` and `int8_linear` are our layers, `allocator` keeps buffers.
 """
 
 from lora_alpaca.engine.batches import Batch

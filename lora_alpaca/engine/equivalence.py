@@ -2,17 +2,28 @@
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 
 from lora_alpaca.data.examples import Example, Examples
-from lora_alpaca.engine.engines import Engine
+from lora_alpaca.engine import patches, reference
+from lora_alpaca.engine.engines import Engine, Packed
+from lora_alpaca.engine.loss import piece_loss_in_place
+from lora_alpaca.engine.pointwise import Pointwise
+from lora_alpaca.engine.reference import Reference
+from lora_alpaca.models import memory
 
-TOLERANCES = {torch.float32: 1e-4}  # relative; dtypes that are not listed have 16 bits
-ROUNDED = 0.1
+EXACT = 1e-4  # the relative error of a gradient that is allowed in fp32
+ROUNDED = 0.1  # and in 16 bits, where rounding alone makes some per cent
+MARGIN = 10  # a limit is at least so many times what the reference's own rounding is
+LARGEST = 0.01  # but in fp32 never more than this: a fault of 2 % is never taken for rounding
+COUNTED = 128  # rows of which the cost of padding is counted
 Precision = Callable[[], AbstractContextManager[None]]  # a context in which a forward pass has the run's precision
+LossAndGradient = tuple[torch.Tensor, torch.Tensor]
 
 
 def sample(examples: Sequence[Example], most: int = 4) -> list[Example]:
@@ -24,22 +35,102 @@ def sample(examples: Sequence[Example], most: int = 4) -> list[Example]:
 
 
 def loss_and_gradient(
-    engine: Engine, examples: Sequence[Example], precision: Precision
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the loss of some examples, and its gradient by the whole adapter as one vector."""
+    engine: Engine, examples: Sequence[Example], precision: Precision = nullcontext
+) -> LossAndGradient:
+    """Return the loss of some examples, and its gradient by the whole adapter as one vector, both summed in fp64."""
     parameters = [parameter for parameter in engine.model.parameters() if parameter.requires_grad]
-    total = torch.zeros((), device=engine.device)
-    gradient = torch.zeros(sum(parameter.numel() for parameter in parameters), device=engine.device)
+    total, parts = torch.zeros((), dtype=torch.float64), [torch.zeros(p.shape, dtype=torch.float64) for p in parameters]
     for batch in engine.batches(examples):
         with precision():
             loss = engine.loss(batch)
-        found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-        gradient += torch.cat([grad.flatten().float() for grad in found])
-        total += loss.detach()
-    return total, gradient
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for part, grad in zip(parts, found, strict=True):
+            if grad is not None:
+                part += grad.cpu()
+        total += loss.detach().cpu()
+    return total, torch.cat([part.flatten() for part in parts])
 
 
 def difference(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
     """Return the largest relative error among some tensors, NaN if one of them holds a NaN."""
     errors = [((one - other).norm() / other.norm()).item() for one, other in zip(found, expected, strict=True)]
     return next((error for error in errors if math.isnan(error)), max(errors))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far packs are off rows alone, and how far that may be; both relative, of loss and gradient."""
+
+    error: float
+    limit: float
+    noise: float  # of rows alone, computed in another right way; 0 where it was not needed
+    where: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the packs are right; NaN is not."""
+        return self.error <= self.limit
+
+    def __str__(self) -> str:
+        return (
+            f"the gradient of a row in a pack is {self.error:.1e} off that of the row alone{self.where}, and "
+            f"{self.limit:.1e} is allowed (rounding alone makes {self.noise:.1e})"
+        )
+
+
+def compare(
+    packed: Engine,
+    expected: LossAndGradient,
+    again: Callable[[], LossAndGradient],
+    rows: Sequence[Example],
+    exact: bool,
+    precision: Precision = nullcontext,
+    where: str = "",
+) -> Comparison:
+    """Return how far packs of some rows are off what is expected.
+
+    The limit grows with the model's own noise. That is how far rows alone, computed `again` in another right way, are
+    off; it costs their time once more, and is computed only where the packs are not within the least limit.
+    """
+    error = difference(loss_and_gradient(packed, rows, precision), expected)
+    least = EXACT if exact else ROUNDED
+    if error <= least:
+        return Comparison(error, least, 0.0, where)
+    measured = difference(again(), expected)
+    limit = min(max(least, MARGIN * measured), LARGEST) if exact else max(least, 3 * measured)
+    return Comparison(error, limit, measured, where)
+
+
+def compare_slice(packed: Packed, alone: Reference, rows: Sequence[Example]) -> Comparison:
+    """Return how far packs, computed in fp32, are off rows alone in fp64, on the first layers of a model in 16 bits.
+
+    No layer of ours may be in the model. Raises what the model raises in these precisions, and MemoryShortage.
+    """
+    base = packed.model.get_base_model()
+    with ExitStack() as stack:
+        layers = stack.enter_context(reference.first_layers(base))
+        _require_memory(
+            packed.device, reference.bytes_in(base, torch.float32) + reference.bytes_in(base, torch.float64)
+        )
+        stack.enter_context(reference.computing_in(base, torch.float32))
+        stack.enter_context(patches.patched(base, torch.float32, Pointwise()))
+        packed = replace(packed, piece_loss=piece_loss_in_place if patches.has_plain_head(base) else None)
+        with reference.computing_in(base, torch.float64):
+            expected = loss_and_gradient(alone, rows)
+        again = partial(loss_and_gradient, alone, rows)
+        stack.enter_context(patches.packed_attention(base))
+        return compare(packed, expected, again, rows, exact=True, where=f" in the first {layers} layers, in fp32")
+
+
+def _require_memory(device: torch.device, needed: int) -> None:
+    """Raise MemoryShortage where so many bytes are more than half of what is free."""
+    free, _ = memory.free_and_total(device)
+    if needed > free / 2:
+        raise memory.MemoryShortage(f"{memory.gigabytes(needed)} are needed, {memory.gigabytes(free)} are free")
+
+
+def cost_of_padding(packed: Engine, padded: Engine, examples: Sequence[Example]) -> float:
+    """Return how many times the tokens of packs padded rows have, by the first rows."""
+    rows = examples[:COUNTED]
+    tokens = [sum(batch.input_ids.numel() for batch in engine.batches(rows)) for engine in (padded, packed)]
+    return tokens[0] / max(1, tokens[1])

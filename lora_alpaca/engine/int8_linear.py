@@ -42,7 +42,10 @@ def _scale(y: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def int8_forward(module: Any, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """Return a forward for an 8-bit layer that computes in `dtype`, or None for any other module."""
+    """Return a forward for an 8-bit layer that computes in `dtype`, or None for any other module.
+
+    What comes in fp64 is computed in fp64: it is a reference.
+    """
     stored = quantization.eight_bit_weight(module)
     if stored is None:
         return None
@@ -50,7 +53,8 @@ def int8_forward(module: Any, dtype: torch.dtype) -> Callable[[torch.Tensor], to
     bias = None if module.bias is None else module.bias.to(dtype)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = Int8Linear.apply(x.to(dtype), weight, scale)
+        x = x if x.dtype == torch.float64 else x.to(dtype)
+        y: torch.Tensor = Int8Linear.apply(x, weight, scale)
         return y if bias is None else y + bias
 
     return forward

@@ -3,6 +3,7 @@
 Saving and generating afterwards use the library's own model, unchanged.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from lora_alpaca.engine import attention
 from lora_alpaca.engine.int8_linear import int8_forward
 from lora_alpaca.engine.pointwise import Pointwise
+from lora_alpaca.models import quantization
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
@@ -25,18 +27,22 @@ def patched(model: torch.nn.Module, dtype: torch.dtype, pointwise: Pointwise) ->
         for module in list(model.modules()):
             if hasattr(module, "cast_input_dtype_enabled") and dtype != torch.float32:
                 # autocast casts the adapter's weights; PEFT would cast the activations up to them, and back
-                _set(undo, module, "cast_input_dtype_enabled", False)
+                set_until(undo, module, "cast_input_dtype_enabled", False)
+            tolerance = 1e-5 if dtype == torch.float32 else 1e-2  # 16 bits round by some thousandths
+            expected: Forward = module
             if (ours := int8_forward(module, dtype)) is not None:
-                tolerance = 0.1  # bitsandbytes rounds activations to 8 bits, and we do not
-            elif (ours := _norm(module, pointwise) or _gated_mlp(module, pointwise)) is not None:
-                tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+                expected = _dequantised(module)  # bitsandbytes itself rounds activations to 8 bits
+            elif (ours := _norm(module, pointwise)) is not None:
+                expected = _in_fp64(module)
+            elif (ours := _gated_mlp(module, pointwise)) is not None:
+                tolerance = tolerance if dtype == torch.float32 else 3e-2  # its own products round too
             else:
                 continue
             kind = (type(module), *(tuple(parameter.shape) for parameter in module.parameters()))
             if kind not in same:
-                same[kind] = _computes_the_same(module, ours, dtype, tolerance)
+                same[kind] = _computes_the_same(module, ours, expected, dtype, tolerance)
             if same[kind]:
-                _set(undo, module, "forward", ours)
+                set_until(undo, module, "forward", ours)
         yield
 
 
@@ -86,19 +92,31 @@ def _gated_mlp(module: Any, pointwise: Pointwise) -> Forward | None:
     return lambda x: module.down_proj(gate(module.gate_proj(x), module.up_proj(x)))
 
 
-def _computes_the_same(module: Any, ours: Forward, dtype: torch.dtype, tolerance: float) -> bool:
-    """Return whether two forwards, and their gradients, agree on random input."""
+def _dequantised(module: Any) -> Forward:
+    """Return the forward of an 8-bit layer in fp64, with the weights that bitsandbytes says it has."""
+    bias = None if module.bias is None else module.bias.double()
+    return lambda x: F.linear(x.double(), quantization.dequantised(module).double(), bias)
+
+
+def _in_fp64(module: Any) -> Forward:
+    """Return the forward of a small module in fp64."""
+    return lambda x: copy.deepcopy(module).double()(x.double())
+
+
+def _computes_the_same(module: Any, ours: Forward, expected: Forward, dtype: torch.dtype, tolerance: float) -> bool:
+    """Return whether a forward of ours, and its gradient, are what is expected, on random input."""
     weight = next(module.parameters())
     width = getattr(module, "in_features", None) or getattr(module, "hidden_size", None) or weight.shape[-1]
     draw = torch.Generator().manual_seed(0)  # the global random state must not change
     x = torch.randn(1, 4, width, generator=draw).to(weight.device, dtype).requires_grad_()
     try:
-        y = module(x)
-        by_y = torch.randn(y.shape, generator=draw).to(y.device, y.dtype)
-        found, expected = ((out, *torch.autograd.grad(out, x, by_y)) for out in (ours(x), y))
+        y = expected(x)
+        by_y = torch.randn(y.shape, generator=draw).to(y.device, dtype)
+        pairs = ((out, *torch.autograd.grad(out, x, by_y.to(out.dtype))) for out in (ours(x), y))
+        found, wanted = pairs
     except Exception:  # a module that only looks like the one we know
         return False
-    return all(_close(one, other, tolerance) for one, other in zip(found, expected, strict=True))
+    return all(_close(one, other, tolerance) for one, other in zip(found, wanted, strict=True))
 
 
 def _close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
@@ -107,7 +125,7 @@ def _close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> boo
     return bool((found - expected).norm() < tolerance * expected.norm())
 
 
-def _set(undo: ExitStack, module: Any, name: str, value: Any) -> None:
+def set_until(undo: ExitStack, module: Any, name: str, value: Any) -> None:
     """Set an attribute of a module until `undo` is unwound."""
     before = vars(module).get(name, undo)
     setattr(module, name, value)

@@ -1,5 +1,5 @@
-"""An adapter merged into its base, one tensor after another, and written for other programs.
+"""Adapters merged into their base, one tensor after another, and written for other programs, with proof.
 
-`merge` makes the tensors, `receipt` proves that the merged model answers as base + adapter, `huggingface` writes a
-transformers folder. `convert_adapter` rewrites an old adapter's pickle as safetensors.
+`exporting` is the story. `merge` makes the tensors, `writers` write them, `proof` holds what was written to base +
+adapter, `verify` holds a server to it, and `imports` is the way in.
 """

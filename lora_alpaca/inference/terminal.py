@@ -1,48 +1,48 @@
-"""Answers in the terminal: one, a chat, or the web page that is opened from there."""
+"""What generate.py does: one answer, those to a file, a chat in the terminal, the API, or the web page."""
 
-import importlib.util
-import sys
-from typing import Any
+from contextlib import closing
+from importlib.util import find_spec
 
 from lora_alpaca.config import GenerateConfig
 from lora_alpaca.errors import ConfigError
 
+PAGE, SERVER = ("gradio",), ("fastapi", "uvicorn", "llguidance", "prometheus_client")
+
 
 def generate(config: GenerateConfig) -> None:
-    """Answer once, chat in the terminal, or open the web page."""
-    page = config.instruction is None and not config.chat
-    if page and importlib.util.find_spec("gradio") is None:
-        raise ConfigError('the web page needs gradio (pip install "lora-alpaca[web]"); or say --instruction or --chat')
+    """Do what a config asks for. What it prints on standard output is answers alone."""
+    if config.data_path:
+        from lora_alpaca.inference.file_answers import answer_file
+
+        return answer_file(config)
+    if config.serve:
+        _require(SERVER, "--serve", "serve")
+        from lora_alpaca.inference.server.serving import serve
+
+        return serve(config)
+    if config.instruction is None and not config.chat:
+        _require(PAGE, "the web page", "web", "; or say --instruction or --chat")
     from lora_alpaca.inference.generator import Generator
 
-    generator = Generator.load(config)
-    if config.instruction is not None:
-        _print_stream(generator.stream(config.instruction, config.input))
-    elif config.chat:
-        print("One instruction a line; an empty line leaves.", file=sys.stderr)
-        history: list[tuple[str, str]] = []  # of templates that take several turns
-        while line := _read_line():
-            answer = _print_stream(generator.stream(line, history=history))
-            if generator.takes_turns:
-                history.append((line, answer))
-    else:
-        from lora_alpaca.inference.web_page import launch
+    with closing(Generator.load(config)) as generator:
+        if config.instruction is not None:
+            from lora_alpaca.inference.chat import print_answer, tell_limit
 
-        launch(generator, config)
+            answer = generator.stream(config.instruction, config.input)
+            print_answer(answer)
+            tell_limit(answer)
+        elif config.chat:
+            from lora_alpaca.inference.chat import Chat
 
+            Chat(generator).run()
+        else:
+            from lora_alpaca.inference.page.launch import launch
 
-def _print_stream(pieces: Any) -> str:
-    """Print an answer as it is made, and return it."""
-    answer = ""
-    for piece in pieces:
-        print(piece, end="", flush=True)
-        answer += piece
-    print()
-    return answer
+            launch(generator, config)
 
 
-def _read_line() -> str:
-    try:
-        return input("> " if sys.stdin.isatty() else "").strip()
-    except EOFError:
-        return ""
+def _require(libraries: tuple[str, ...], what: str, extra: str, otherwise: str = "") -> None:
+    """Raise ConfigError where a library is not installed that something needs."""
+    for library in libraries:
+        if find_spec(library) is None:
+            raise ConfigError(f'{what} needs {library} (pip install "lora-alpaca[{extra}]"){otherwise}')

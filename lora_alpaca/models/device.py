@@ -1,11 +1,12 @@
 """Where and in what precision a model computes: the one table of devices, dtypes and bits."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from lora_alpaca.config.shared import ModelOptions
-from lora_alpaca.errors import ConfigError
+from lora_alpaca.errors import ConfigError, ModelError
 from lora_alpaca.models import quantization
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -13,15 +14,19 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class DeviceSpec:
-    """Where a model runs and in what precision: device, compute dtype, and 8, 4 or 16 bits for the frozen base."""
+    """Where a model runs and in what precision: device, compute dtype, and 8, 4 or 16 bits for the frozen base.
+
+    `kind` names the bits where the base is stored quantised already.
+    """
 
     device: torch.device
     dtype: torch.dtype
     bits: int
+    kind: str = ""
 
     def __str__(self) -> str:
         name = next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
-        return f"{quantization.BITS[self.bits]} base, {name} compute on {self.device.type}"
+        return f"{self.kind or quantization.BITS[self.bits]} base, {name} compute on {self.device.type}"
 
 
 def choose_device(
@@ -50,8 +55,33 @@ def choose_device(
     if bits != 16:
         quantization.require_bitsandbytes(bits)
     if bits != 16 and device.type == "cpu":
-        notes.append(f"no GPU is used: a base in {bits} bits works on a CPU, and is slow")
+        notes.append("no GPU is used: a quantised base works on a CPU, and is slow")
     return DeviceSpec(device, DTYPES[dtype], bits), notes
+
+
+def as_stored(spec: DeviceSpec, config: Any, name: str, options: ModelOptions) -> tuple[DeviceSpec, list[str]]:
+    """Return how to hold the base of a config and a name: as it is stored, where that is quantised; and a note on it.
+
+    Raises ModelError for a kind that cannot be trained on, ConfigError for options that ask for other bits.
+    """
+    found, remedy = quantization.stored(config), "name the model that it was quantised from"
+    if found is None:
+        return spec, []
+    if not found.bits:
+        raise ModelError(
+            f"--base_model {name} is stored quantised by {found.kind}; only 4 and 8 bits of bitsandbytes can be "
+            f"trained on; {remedy}"
+        )
+    flag, bits = ("load_4bit", 4) if options.load_4bit else ("load_8bit", 8 if options.load_8bit else 16)
+    if options.is_set(flag) and getattr(options, flag) is not None and bits != found.bits:
+        raise ConfigError(
+            f"--{flag} {getattr(options, flag)}: {name} is stored as {found.kind}; leave the flag out, or {remedy}"
+        )
+    if spec.device.type == "mps":
+        raise ModelError(f"--base_model {name} is stored as {found.kind}, which mps cannot hold; {remedy}")
+    quantization.require_bitsandbytes(found.bits, remedy)
+    note = f"the base is stored as {found.kind} and held so; export merges into the model that it was quantised from"
+    return replace(spec, bits=found.bits, kind=found.kind), [note]
 
 
 def pick_device(name: str) -> torch.device:

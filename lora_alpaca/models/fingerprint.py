@@ -8,17 +8,19 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lora_alpaca.errors import ModelError
 from lora_alpaca.models.base import Base, config_file, weight_files
-from lora_alpaca.storage import output_folder
-from lora_alpaca.storage.paths import read_json, sha256, user_cache
+from lora_alpaca.storage import atomic, output_folder
+from lora_alpaca.storage.handles import make_private
+from lora_alpaca.storage.json_files import read_json
+from lora_alpaca.storage.paths import sha256, user_cache
 
 CACHE = "file_hashes.json"
 THREADS = min(8, 2 * (os.cpu_count() or 1))
@@ -57,7 +59,7 @@ def weight_hashes(base: Base) -> dict[str, str]:
 
 def file_hashes(paths: Sequence[Path]) -> list[str]:
     """Return the sha256 of files, side by side: from their names in the hub's cache, from ours, or by reading them."""
-    kept = read_json(user_cache() / CACHE)
+    kept = read_json(user_cache() / CACHE) if _is_private() else {}
     with ThreadPoolExecutor(THREADS) as pool:  # some read while others hash; neither needs Python's lock
         found = list(pool.map(lambda path: _hash(path, kept), paths))
     learned = {path: facts for path, facts in found if kept.get(path, facts) != facts or path not in kept}
@@ -85,12 +87,17 @@ def _is_fresh(facts: list[Any]) -> bool:
 
 def _keep(learned: dict[str, Any]) -> None:
     """Add hashes to the cache. Where it cannot be written, or two processes write, only time is lost."""
-    folder = user_cache()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(read_json(folder / CACHE) | learned)
-        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".partial-", delete=False) as file:
-            file.write(text)
-        os.replace(file.name, folder / CACHE)
-    except OSError:
+    if not _is_private():
         return
+    path = user_cache() / CACHE
+    with suppress(OSError):
+        atomic.remove_hidden(path.parent, of=CACHE, locked=False)
+        atomic.replace(path, json.dumps(read_json(path) | learned).encode())
+
+
+def _is_private() -> bool:
+    """Return whether the user's cache is this user's alone: others could say there what the hash of a file is."""
+    try:
+        return not make_private(user_cache())
+    except OSError:
+        return False

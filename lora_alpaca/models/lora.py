@@ -1,22 +1,39 @@
-"""The LoRA adapter on a live model: attached, read out and put back. The one home of PEFT."""
+"""The LoRA adapter on a live model: attached, read out and put back."""
 
+import dataclasses
 import warnings
 from typing import Any
 
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+from lora_alpaca.models import quick_import  # noqa: F401  before PEFT
+
+# isort: split
+from peft import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PeftType,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.tuners.lora import LoraLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
 
 from lora_alpaca.config import FinetuneConfig
-from lora_alpaca.errors import AdapterError, ModelError
+from lora_alpaca.errors import AdapterError
+from lora_alpaca.models import targets
 from lora_alpaca.models.base import Base
-from lora_alpaca.models.meta import is_linear
 from lora_alpaca.models.trainable import State
 
 PICKLE = "adapter_model.bin"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # the names that PEFT reads
+EXPRESSIONS = (
+    "target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern", "modules_to_save",
+)  # fmt: skip
 
 
 def attach(model: Any, config: FinetuneConfig, base: Base) -> PeftModel:
@@ -24,12 +41,11 @@ def attach(model: Any, config: FinetuneConfig, base: Base) -> PeftModel:
 
     Raises ModelError listing what the model has, where a target module is not among it.
     """
-    targets = target_modules(model, config)
     lora = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=targets,
+        target_modules=target_modules(model, config),
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
         bias="none",
@@ -40,43 +56,60 @@ def attach(model: Any, config: FinetuneConfig, base: Base) -> PeftModel:
     return with_lora(model, lora)
 
 
-def with_lora(model: Any, lora: LoraConfig) -> PeftModel:
+def with_lora(model: Any, lora: LoraConfig, name: str = "default") -> PeftModel:
+    """Return the model with an adapter, or with one more if it is PEFT's already.
+
+    Raises ValueError for one that PEFT refuses or would match for too long.
+    """
+    require_cheap_matching(model, lora)
     conv1d = transformers.pytorch_utils.Conv1D  # GPT-2's layers: their weight is transposed, unless quantised
     lora.fan_in_fan_out = any(isinstance(part, conv1d) for part in model.modules())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT reads what transformers has renamed
         warnings.filterwarnings("ignore", message=".*base_model_name_or_path.*renamed")  # its path on this machine
+        if isinstance(model, PeftModel):
+            model.add_adapter(name, lora)
+            return model
         peft_model = get_peft_model(model, lora)
     peft_model.active_peft_config.revision = lora.revision
     assert isinstance(peft_model, PeftModel)
     return peft_model
 
 
-def _linear_names(model: Any) -> list[str]:
-    """Return the last name parts of all linear layers but the head: what an adapter can be put on."""
-    head = model.get_output_embeddings()
-    return sorted(
-        {name.rpartition(".")[2] for name, part in model.named_modules() if is_linear(part) and part is not head}
-    )
+def require_cheap_matching(model: Any, config: PeftConfig) -> None:
+    """Raise ValueError for the configuration of an adapter whose expressions would be matched for too long."""
+    targets.matches(_expressions(config), [name for name, _ in model.named_modules()])
 
 
 def target_modules(model: Any, config: FinetuneConfig) -> list[str] | str:
-    """Return the modules of a model that get an adapter; ModelError where one is not there."""
-    there = _linear_names(model)
+    """Return the modules of a model that get an adapter, as PEFT takes them; ModelError where one is not there."""
     asked = config.lora_target_modules
     if asked == ["all-linear"]:
         return "all-linear"
-    if not config.is_set("lora_target_modules") and not set(asked) <= set(there):
+    if not config.is_set("lora_target_modules") and not set(asked) <= set(targets.linear_names(model)):
         known = PEFT_TARGETS.get(model.config.model_type)
         asked = [known] if isinstance(known, str) else list(known or asked)
         if isinstance(known, str):  # a regular expression over full names
             return known
-    missing = [name for name in asked if name.rpartition(".")[2] not in there]
-    if missing:
-        raise ModelError(
-            f"--lora_target_modules {','.join(missing)}: the model has no such module; it has {', '.join(there)}"
-        )
-    return asked
+    return targets.resolve(model, asked)
+
+
+def _expressions(config: PeftConfig) -> list[str]:
+    """Return the regular expressions of an adapter's configuration, as PEFT matches them with names of modules."""
+    has = {key: getattr(config, key, None) or [] for key in EXPRESSIONS}
+    whole = [one for one in (has["target_modules"], has["exclude_modules"]) if isinstance(one, str)]
+    layers = has["layers_pattern"]
+    parts = [
+        *has["rank_pattern"],
+        *has["alpha_pattern"],
+        *has["modules_to_save"],
+        *([layers] if isinstance(layers, str) else layers),
+    ]
+    return [
+        one
+        for one in [*whole, *(rf"(.*\.)?({part})($|\..*)" for part in parts if targets.is_expression(part))]
+        if targets.is_expression(one)
+    ]
 
 
 def state(model: PeftModel) -> State:
@@ -95,6 +128,21 @@ def _as_json(lora: Any) -> dict[str, Any]:
     return {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(facts.items())}
 
 
+def peft_kinds() -> set[str]:
+    """Return what an adapter_config.json may have as its `peft_type`."""
+    return {str(kind.value) for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
+
+
+def known_settings(kind: str) -> set[str]:
+    """Return the keys that PEFT knows in the adapter_config.json of a kind of adapter."""
+    return {field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)])}
+
+
+def default_settings() -> dict[str, Any]:
+    """Return what PEFT takes for the keys that the adapter_config.json of a LoRA adapter leaves out."""
+    return dict(LoraConfig().to_dict())
+
+
 def normalized(settings: dict[str, Any], where: str) -> dict[str, Any]:
     """Return settings that an earlier PEFT wrote as this one writes them. Raises AdapterError for unknown ones."""
     try:
@@ -103,11 +151,11 @@ def normalized(settings: dict[str, Any], where: str) -> dict[str, Any]:
         raise AdapterError(f"{where}: {str(error).splitlines()[0]}") from None
 
 
-def set_state(model: PeftModel, tensors: State, where: str) -> None:
-    """Put tensors into the adapter of a model; AdapterError unless names and shapes are exactly the adapter's own."""
-    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+def set_state(model: PeftModel, tensors: State, where: str, name: str = "default") -> None:
+    """Put tensors into an adapter of a model; AdapterError unless names and shapes are exactly the adapter's own."""
+    own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     require_same_tensors(own, tensors, where)
-    set_peft_model_state_dict(model, tensors)
+    set_peft_model_state_dict(model, tensors, adapter_name=name)
 
 
 def require_same_tensors(own: State, tensors: State, where: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import transformers
 
-from lora_alpaca.models.base import Base, as_model_error
+from lora_alpaca.models.base import Base, as_model_error, without_report
 from lora_alpaca.models.device import DeviceSpec
 
 
@@ -16,7 +16,7 @@ def meta_model(base: Base) -> Any:
     None where code that the model brings cannot be run so.
     """
     try:
-        with as_model_error(f"--base_model {base.name}"), torch.device("meta"):
+        with as_model_error(f"--base_model {base.name}"), without_report(), torch.device("meta"):
             return transformers.AutoModelForCausalLM.from_config(
                 copy.deepcopy(base.config), trust_remote_code=base.trust_remote_code
             )

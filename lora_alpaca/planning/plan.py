@@ -59,7 +59,7 @@ def fill_defaults(config: FinetuneConfig, world_size: int) -> tuple[FinetuneConf
         chosen["data_path"] = UPSTREAM_DATA if config.base_model not in ("", DEMO) else DEMO
     if chosen.get("base_model", config.base_model) == DEMO:
         recipe = json.loads((demo_base().parent / "recipe.json").read_text(encoding="utf-8"))
-        if chosen.get("data_path", config.data_path) != DEMO:
+        if chosen.get("data_path", config.data_path) != DEMO or config.val_data_path:
             del recipe["val_set_size"]  # it fits the demo's rows; the others fit the model
         recipe = {name: value for name, value in recipe.items() if not config.is_set(name)}
         if "micro_batch_size" in recipe:  # a default as any other: it gives way to the batch size and the ranks

@@ -8,6 +8,7 @@ from typing import Any
 from lora_alpaca.errors import TemplateError
 from lora_alpaca.prompts.chat import ChatTemplate
 from lora_alpaca.prompts.template import Template
+from lora_alpaca.storage import json_files
 from lora_alpaca.storage.paths import user_path
 
 AnyTemplate = Template | ChatTemplate
@@ -40,12 +41,12 @@ def load_template(name: str) -> AnyTemplate:
             f"no template named {name!r}; there are {', '.join(template_names())}, or give a .json file"
         )
     try:
-        fields = json.loads(path.read_text(encoding="utf-8-sig"))
+        fields = json_files.load(path)
     except OSError as error:
         raise TemplateError(f"{path}: {error.strerror or error}") from None
     except json.JSONDecodeError as error:
         raise TemplateError(f"{path}: not JSON at line {error.lineno}, column {error.colno}: {error.msg}") from None
-    except (ValueError, RecursionError) as error:  # not UTF-8, a number of thousands of digits, nested too deeply
+    except ValueError as error:  # not UTF-8, a number of thousands of digits, nested too deeply
         raise TemplateError(f"{path}: not JSON ({error})") from None
     return template_from_json(fields, path.stem, str(path))
 

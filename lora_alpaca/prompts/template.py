@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from lora_alpaca.errors import TemplateError
-from lora_alpaca.prompts.conversation import EOS, Conversation, Fragment, joined
+from lora_alpaca.prompts.conversation import EOS, Conversation, Fragment, joined, without_thought
 
 REQUIRED = ("prompt_input", "prompt_no_input", "response_split")
 PLACEHOLDERS = {  # that a key may hold; the first ones it must
@@ -64,21 +64,34 @@ class Template:
             raise TemplateError(f"{where}a system message, and the template {self.name} has none; use {others}")
         if conversation.is_document and self.name != "plain":
             raise TemplateError(f"{where}a text without a prompt, which only the template plain takes")
+        if conversation.tools or any(message.role == "tool" or message.calls for message in conversation.messages):
+            raise TemplateError(
+                f"{where}tools, and the template {self.name} has none; use --prompt_template_name chat on a model "
+                "whose chat template takes them"
+            )
+        if any(message.reasoning for message in conversation.messages):
+            raise TemplateError(
+                f"{where}a thought (reasoning_content), and the template {self.name} has no place for one; use "
+                "--prompt_template_name chat on a model that thinks, or leave thoughts out by --ignore_fields"
+            )
 
     def prompt(self, conversation: Conversation) -> list[Fragment]:
         """Return what generation is fed: everything before the answer to the last user message."""
         return joined(self._before(conversation, len(conversation.users) - 1))
 
-    def render(self, conversation: Conversation, last_only: bool = False) -> list[Fragment]:
-        """Return the fragments of a training row: prompt, answer, end, ...; `last_only` learns the last answer."""
-        return joined(self._all(conversation, last_only))
+    def examples(self, conversation: Conversation, learn_reasoning: bool = True) -> list[list[Fragment]]:
+        """Return the fragments of each training example of a row, which is one, or none if it has nothing to learn.
 
-    def _all(self, conversation: Conversation, last_only: bool) -> Iterator[Fragment]:
-        answers = conversation.answers
-        for number in range(len(answers)):
-            last = number == len(answers) - 1
+        A thought in the text of an answer (`<think>...</think>`) is only seen unless `learn_reasoning`.
+        """
+        return [joined(self._all(conversation, learn_reasoning))] if conversation.learned else []
+
+    def _all(self, conversation: Conversation, learn_reasoning: bool) -> Iterator[Fragment]:
+        answers = [message for message in conversation.messages if message.role == "assistant"]
+        for number, message in enumerate(answers):
             yield from self._prompt_of(conversation, number)
-            yield from self._answer(answers[number], learned=last or not last_only, ends=last)
+            answer = joined(self._answer(message.text, learned=message.learned, ends=number == len(answers) - 1))
+            yield from answer if learn_reasoning else without_thought(answer, message)
 
     def _before(self, conversation: Conversation, number: int) -> Iterator[Fragment]:
         """Yield the fragments before answer `number`: the turns before it, not learned, and its prompt."""
@@ -113,13 +126,13 @@ class Template:
 
     def _fill(self, form: str, values: dict[str, str]) -> Iterator[Fragment]:
         """Yield a form with its placeholders filled, in one pass: braces typed by a user, `{input}` too, stay text."""
-        for kind, piece in _pieces(form, self.control):
+        for kind, piece in pieces(form, self.control):
             yield Fragment(values[piece] if kind == "placeholder" else piece, False, kind == "control")
 
     @property
     def stop(self) -> str:
         """Return the control token that ends an answer, `EOS` for the tokenizer's own end token."""
-        return next(piece for kind, piece in _pieces(self.end, self.control) if kind == "control")
+        return next(piece for kind, piece in pieces(self.end, self.control) if kind == "control")
 
     def response(self, text: str) -> str:
         """Return the answer in generated text, which holds new tokens only; nothing is searched for or split."""
@@ -168,14 +181,14 @@ class Template:
         for key in ("prompt_input", "prompt_no_input"):
             if self.response_split not in getattr(self, key):
                 raise TemplateError(f"{where}: response_split {self.response_split!r} does not occur in {key}")
-        if not any(kind == "control" for kind, _ in _pieces(self.end, self.control)):
+        if not any(kind == "control" for kind, _ in pieces(self.end, self.control)):
             raise TemplateError(f"{where}: end has no {EOS} and no control token; answers would not stop")
         if self.default_system and not self.system:
             raise TemplateError(f"{where}: default_system needs the key system, which says where it stands")
 
 
 @lru_cache(maxsize=64)
-def _pieces(form: str, control: tuple[str, ...]) -> list[tuple[str, str]]:
+def pieces(form: str, control: tuple[str, ...]) -> list[tuple[str, str]]:
     """Return a form as (kind, text): text as it stands, names of placeholders, and control tokens."""
     tokens = "|".join(map(re.escape, sorted((*control, EOS), key=len, reverse=True)))
     pieces = []

@@ -4,7 +4,6 @@ from contextlib import ExitStack
 
 from lora_alpaca.artifacts.run_record import RunResult
 from lora_alpaca.config import FinetuneConfig
-from lora_alpaca.data import Rows
 from lora_alpaca.distributed.strategy import Replicated
 from lora_alpaca.distributed.world import World
 from lora_alpaca.engine import fitted
@@ -13,13 +12,14 @@ from lora_alpaca.signals import Interrupted, Stop
 from lora_alpaca.training import resume, setup
 from lora_alpaca.training.loop import Loop
 from lora_alpaca.training.progress import Progress, minutes
+from lora_alpaca.training.reading import RunRows
 from lora_alpaca.training.saving import save_adapter
 from lora_alpaca.training.step import Stepper
 from lora_alpaca.training.trackers import Tracker
 
 
-def train(config: FinetuneConfig, rows: Rows | None = None) -> RunResult:
-    """Train an adapter as `finetune` describes; `rows` are those of `config.data_path`, if they have been read."""
+def train(config: FinetuneConfig, rows: RunRows | None = None) -> RunResult:
+    """Train an adapter as `finetune` describes; `rows` are those that the config names, if they have been read."""
     stop = Stop()
     with stop.watching(), World(config, stop) as world, ExitStack() as resources:
         progress = Progress(quiet=not world.is_main)
@@ -29,14 +29,16 @@ def train(config: FinetuneConfig, rows: Rows | None = None) -> RunResult:
         # 1. Where: the output folder, and the run that is continued there
         start = resume.start(config, world)
         log(*start.notes)
-        if start.finished:
-            return start.finished
 
         # 2. Data: rows, base, tokenizer, template, examples; all that fails cheaply fails here
-        job = setup.prepare(config, rows, world, start, progress)
+        inputs = setup.identify(config, rows, world, start, progress)
+        if start.finished:
+            log(*start.check_same(setup.record(inputs, world)))
+            return start.finished
+        job = setup.prepare(inputs, world, progress)
 
         # 3. Plan: every automatic choice, from counted tokens and a model without weights
-        record = job.record(world.world_size)
+        record = job.record
         log(*start.check_same(record))
         plan = start.plan(job, world)
         log(f"base: {job.base.name}, {job.spec}", f"plan: {plan}")

@@ -1,4 +1,4 @@
-"""A run before its base is loaded: what `setup.prepare` finds, and all later steps read."""
+"""A run before its base is loaded: what `setup` finds, and all later steps read."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +11,32 @@ from lora_alpaca.models.base import Base
 from lora_alpaca.models.device import DeviceSpec
 from lora_alpaca.planning.estimate import ModelSize
 from lora_alpaca.prompts import AnyTemplate
+from lora_alpaca.training.reading import RunRows
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Options, rows, base, tokenizer and template of a run: what it is identified by."""
+
+    config: FinetuneConfig
+    rows: RunRows
+    base: Base
+    spec: DeviceSpec
+    tokenizer: Any
+    tokenizer_sha256: str
+    tokenizer_notes: list[str]  # what was amiss with it, and is made good
+    template: AnyTemplate
+
+    def record(self, world_size: int, base_sha256: str) -> dict[str, Any]:
+        """Return the record of a run of these inputs that begins, but for what becomes of their rows."""
+        hashes = {"base_sha256": base_sha256, "tokenizer_sha256": self.tokenizer_sha256, **self.rows.digests}
+        described = run_record.describe(self.config, self.base, self.spec, self.template, world_size, hashes)
+        return described | {"tokenizer_notes": self.tokenizer_notes}
 
 
 @dataclass(frozen=True)
 class Job:
-    """Options, base, tokenizer, template and examples of a run, all checked."""
+    """Options, base, tokenizer, template and examples of a run, all checked. `record` describes the run."""
 
     config: FinetuneConfig
     base: Base
@@ -26,10 +47,4 @@ class Job:
     validation: Examples
     statistics: Statistics
     size: ModelSize
-    hashes: dict[str, str]  # sha256 of base, tokenizer, data and validation split, by their names in the record
-
-    def record(self, world_size: int) -> dict[str, Any]:
-        """Return the record of a run of this job that begins."""
-        return run_record.describe(
-            self.config, self.base, self.spec, self.template, self.statistics, world_size, self.hashes
-        )
+    record: dict[str, Any]

@@ -8,6 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from lora_alpaca.errors import visible
+
 
 class Progress:
     """The output of a run. `quiet` is every rank but the main one."""
@@ -20,16 +22,19 @@ class Progress:
         self._first_step = 0
 
     def log(self, *lines: str) -> None:
-        """Print sentences, above the progress bar if there is one."""
-        for line in lines:
+        """Print sentences, above the progress bar if there is one; a run is not lost where nothing can be printed."""
+        for line in map(visible, lines):
             if self.quiet:
                 continue
-            tqdm.write(line, file=sys.stdout) if self._bar is not None else print(line, flush=True)
+            try:
+                tqdm.write(line, file=sys.stdout) if self._bar is not None else print(line, flush=True)
+            except (OSError, ValueError):  # a pipe that nobody reads any more, a full disk, a closed stream
+                self.quiet = True
 
     @contextlib.contextmanager
     def counting(self, total: int, unit: str) -> Iterator[Callable[[int], None]]:
         """Give a function that takes how many more of `total` are done; a bar shows the count on a terminal."""
-        shown = not self.quiet and sys.stderr.isatty()
+        shown = not self.quiet and _on_terminal()
         with tqdm(total=total, unit=f" {unit}", dynamic_ncols=True, disable=not shown, leave=False) as bar:
 
             def more(done: int) -> None:
@@ -40,7 +45,7 @@ class Progress:
     def start(self, total_steps: int, step: int) -> None:
         """Begin to count steps and time, from `step` of `total_steps`."""
         self._total, self._first_step, self._started = total_steps, step, time.perf_counter()
-        if not self.quiet and sys.stderr.isatty():
+        if not self.quiet and _on_terminal():
             self._bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.1)
 
     def step(self, step: int, loss: float, tokens_per_second: float) -> None:
@@ -64,6 +69,10 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def _on_terminal() -> bool:
+    return sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
 
 
 def minutes(seconds: float) -> str:

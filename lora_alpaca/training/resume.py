@@ -10,25 +10,28 @@ from pathlib import Path
 from typing import Any
 
 from lora_alpaca.artifacts import checkpoint as checkpoints
-from lora_alpaca.artifacts import run_record
+from lora_alpaca.artifacts import privacy, run_record
 from lora_alpaca.artifacts.checkpoint import Checkpoint
 from lora_alpaca.artifacts.run_record import RunResult
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.distributed.world import World
-from lora_alpaca.errors import CheckpointError
+from lora_alpaca.errors import CheckpointError, ConfigError, FolderError
 from lora_alpaca.planning import plan as planning
 from lora_alpaca.planning.plan import Plan
 from lora_alpaca.prompts import AnyTemplate, template_from_json
-from lora_alpaca.storage.output_folder import OutputFolder
+from lora_alpaca.storage.json_files import Shape, shape_of
+from lora_alpaca.storage.output_folder import RECORD, OutputFolder
 from lora_alpaca.storage.paths import user_path
 from lora_alpaca.training.job import Job
 from lora_alpaca.training.state import TrainState
 from lora_alpaca.training.step import Stepper
 
+Changes = dict[str, tuple[Any, Any]]  # name -> (before, now)
+
 
 @dataclass
 class Start:
-    """A run that begins: nothing of an earlier one is used. `finished` is set where there is nothing left to do."""
+    """A run that begins: nothing of an earlier one is used. `finished` is the result where nothing is left to do."""
 
     config: FinetuneConfig
     output_dir: Path
@@ -38,8 +41,14 @@ class Start:
     is_proven: bool = False  # whether packs were found to change nothing, by the run that is resumed
 
     def template(self, asked: AnyTemplate | None) -> AnyTemplate | None:
-        """Return the template to use, None for the one that fits the data."""
-        return asked
+        """Return the template to use, None for the one that fits the data.
+
+        A chat template is the one that the run before recorded, with the date that it was recorded with.
+        """
+        if not self._before or (asked is not None and asked.name != "chat"):
+            return asked
+        recorded = template_from_json(self._before["template"], "", "the record of the run")
+        return recorded if recorded.name == "chat" else asked
 
     def check_same(self, record: dict[str, Any]) -> list[str]:
         """Return notes on what changed since the run began; the record becomes that of this run."""
@@ -61,11 +70,49 @@ class Start:
             with folder.disk_errors_named():
                 checkpoints.remove_leftovers(self.output_dir)
                 notes += checkpoints.set_aside_after(self.output_dir, self._checkpoint_folder())
-                folder.write_record(record)
+                folder.write_record(privacy.published(record))
             yield notes
 
     def _checkpoint_folder(self) -> Path | None:
         return None
+
+    @property
+    def _before(self) -> dict[str, Any]:
+        """Return the record of the run before, which this one is compared with; empty where there is none."""
+        return {}
+
+
+@dataclass
+class Finished(Start):
+    """A run that is at its end. It stays as it is; whoever asks for another run in its folder is told so."""
+
+    recorded: dict[str, Any] = field(kw_only=True)
+
+    def check_same(self, record: dict[str, Any]) -> list[str]:
+        """Return a note that the run is finished. Raises ConfigError naming whatever is asked for otherwise.
+
+        Where it ran, on which device and how many of them, changes nothing any more, and is only told.
+        """
+        changed = run_record.differences(self.recorded, privacy.published(record))
+        sentences = _sentences(changed)
+        if changed.keys() <= {"precision", "ranks"}:
+            return ["; ".join([f"{self.output_dir}: this run is already finished", *sentences.values()])]
+        raise ConfigError(
+            f"--resume: {self.output_dir} holds a finished run, and this is another one "
+            f"({'; '.join(sentences.values())}). A finished run is not trained on, whatever --allow_change names: its "
+            "schedule is at its end, and the state of its optimizer there is not kept. "
+            f"{self._way_on(changed)}, or start anew with --overwrite"
+        )
+
+    def _way_on(self, changed: Changes) -> str:
+        """Return what to say instead; the adapter can be trained further on its own base and in its own shape only."""
+        if changed.keys() & (FinetuneConfig.deciding("shape") | {"lora_alpha", "use_rslora", "base_sha256"}):
+            return "Begin the other run with --output_dir ANOTHER, without --resume"
+        return f"Train its adapter further with --init_adapter {self.output_dir} --output_dir ANOTHER, without --resume"
+
+    @property
+    def _before(self) -> dict[str, Any]:
+        return self.recorded
 
 
 @dataclass
@@ -82,21 +129,14 @@ class Resumed(Start):
         """Take what the checkpoint knows of the tracker."""
         self.tracker_id = self.checkpoint.facts["tracker"]
 
-    def template(self, asked: AnyTemplate | None) -> AnyTemplate | None:
-        """Return the template to use: a chat template is the recorded one, with the date that it was recorded with."""
-        if asked is not None and asked.name != "chat":
-            return asked
-        recorded = template_from_json(self._record["template"], "", "checkpoint")
-        return recorded if recorded.name == "chat" else asked
-
     def check_same(self, record: dict[str, Any]) -> list[str]:
         """Return notes on the differences that --allow_change allows.
 
         Raises CheckpointError naming every difference that is not allowed, or that no run can make.
         """
-        record["run"] = self._record["run"]
-        changed = run_record.differences(self._record, record)
-        sentences = {name: f"{name} was {was!r:.60} and is {now!r:.60}" for name, (was, now) in changed.items()}
+        record["run"] = self._before["run"]
+        changed = run_record.differences(self._before, record)
+        sentences = _sentences(changed)
         for name in sorted(FinetuneConfig.deciding("shape") & changed.keys()):
             raise CheckpointError(f"--resume: {sentences[name]}; a run cannot change that, start a new one")
         refused = [name for name in changed if name not in (self.config.allow_change or [])]
@@ -110,8 +150,8 @@ class Resumed(Start):
 
     def plan(self, job: Job, world: World) -> Plan:
         """Return the plan as it was, but for what follows from the changes that were allowed."""
-        config_then = FinetuneConfig.model_construct(set(self._record["said"]), **self._record["options"])
-        then = planning.resolve_steps(config_then, self._record["ledger"]["train"], self._record["ranks"])
+        config_then = FinetuneConfig.model_construct(set(self._before["said"]), **self._before["options"])
+        then = planning.resolve_steps(config_then, self._before["ledger"]["train"], self._before["ranks"])
         now = planning.resolve_steps(job.config, len(job.train), world.world_size)
         plan = planning.updated(Plan(**self.checkpoint.facts["plan"]), then, now)
         plan.share_prefix = job.config.share_prefix
@@ -123,9 +163,9 @@ class Resumed(Start):
         """Return the state of the checkpoint, having put adapter, moments and loss scale back."""
         stepper.restore(self.checkpoint.weights, self.checkpoint.optimizer, self.checkpoint.facts["scaler"])
         state = TrainState(**self.checkpoint.facts["progress"], best=self.checkpoint.best)
-        if self._best_is_lost or self._record["validation_sha256"] != record["validation_sha256"]:
+        if self._best_is_lost or self._before["validation_sha256"] != record["validation_sha256"]:
             state.forget_best()
-        elif (folder := self._best_folder()) and folder.resolve().parent != self.output_dir.resolve():
+        elif (folder := self._best_folder()) and self._leaves(folder):
             state.best = checkpoints.weights_of(folder)  # the checkpoints of this run will hold it
         return state
 
@@ -135,6 +175,11 @@ class Resumed(Start):
         if self.checkpoint.best or progress["best_step"] in (0, progress["step"]):
             return None
         return self.checkpoint_folder.with_name(f"checkpoint-{progress['best_step']}")
+
+    def _leaves(self, folder: Path) -> bool:
+        """Return whether a checkpoint will not be in the output folder: it is in another, or this one is set aside."""
+        elsewhere = folder.resolve().parent != self.output_dir.resolve()
+        return elsewhere or OutputFolder(self.output_dir).status == "finished"
 
     def _check_best(self) -> list[str]:
         """Return a warning where the best adapter is in another checkpoint that is missing or damaged."""
@@ -147,9 +192,13 @@ class Resumed(Start):
         return self.checkpoint_folder
 
     @property
-    def _record(self) -> dict[str, Any]:
+    def _before(self) -> dict[str, Any]:
         """Return the record of the run when the checkpoint was written."""
         return self.checkpoint.facts["record"]
+
+
+def _sentences(changed: Changes) -> dict[str, str]:
+    return {name: f"{name} was {was!r:.60} and is {now!r:.60}" for name, (was, now) in changed.items()}
 
 
 def start(config: FinetuneConfig, world: World) -> Start:
@@ -159,15 +208,37 @@ def start(config: FinetuneConfig, world: World) -> Start:
     that cannot be resumed from.
     """
     output_dir = user_path(config.output_dir)
-    if config.resume and OutputFolder(output_dir).status == "finished":
+    folder = OutputFolder(output_dir)
+    if config.resume and folder.status == "finished":
         if world.is_main:
-            OutputFolder(output_dir).check_unlocked()
-        notes = [f"{output_dir}: this run is already finished"]
-        return Start(config, output_dir, notes, run_record.finished_run(output_dir))
-    folder, notes = world.broadcast(lambda: _find(config, output_dir))
-    if folder is None:
+            folder.check_unlocked()
+        if folder.record.get("kind") != "adapter":
+            raise FolderError(
+                f"--resume: {output_dir} holds a model that was exported, and no run; name another folder"
+            )
+        run_record.require_comparable(folder.record, output_dir / RECORD, FolderError, "name another folder")
+        recorded = privacy.published(folder.record)
+        return Finished(config, output_dir, finished=run_record.finished_run(output_dir), recorded=recorded)
+    chosen, notes = world.broadcast(lambda: _find(config, output_dir))
+    if chosen is None:
         return Start(config, output_dir, notes)
-    return Resumed(config, output_dir, notes, checkpoint_folder=folder, checkpoint=checkpoints.load(folder))
+    checkpoint = checkpoints.load(chosen)
+    _require_complete(checkpoint, chosen / checkpoints.STATE)
+    return Resumed(config, output_dir, notes, checkpoint_folder=chosen, checkpoint=checkpoint)
+
+
+class _Facts(Shape):
+    scaler: dict[str, Any] | None
+    tracker: str
+
+
+def _require_complete(checkpoint: Checkpoint, where: Path) -> None:
+    """Raise CheckpointError, naming the key, unless a checkpoint's facts are what a run resumes from."""
+    remedy, facts = "take another checkpoint, or start anew with --overwrite", checkpoint.facts
+    _Facts.require(facts, where, CheckpointError, remedy)
+    shape_of(Plan).require(facts["plan"], f"{where}, plan", CheckpointError, remedy)
+    shape_of(TrainState, "best").require(facts["progress"], f"{where}, progress", CheckpointError, remedy)
+    run_record.require_comparable(facts["record"], f"{where}, record", CheckpointError, remedy)
 
 
 def _find(config: FinetuneConfig, output_dir: Path) -> tuple[Path | None, list[str]]:
@@ -183,6 +254,7 @@ def _find(config: FinetuneConfig, output_dir: Path) -> tuple[Path | None, list[s
         newest, damaged = checkpoints.newest(output_dir)
         notes = [f"passed over {path}: {reason}" for path, reason in damaged.items()]
         if newest:
+            folder.check(overwrite=True, remedy="")
             return newest, [*notes, f"resuming from {newest}"]
         notes.append("--resume: no checkpoint yet; starting fresh")
     remedy = "go on with --resume, or start anew with --overwrite"

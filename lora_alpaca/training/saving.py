@@ -21,7 +21,7 @@ def save_adapter(trainable: Trainable, state: State, job: Job, record: dict[str,
     generation = trainable.model.generation_config
     stop_ids = prompt_contract.stop_ids(generation.eos_token_id, job.tokenizer, job.template)
     contract = prompt_contract.build(job.tokenizer, job.template, stop_ids, job.train)
-    adapter = TrainedAdapter(state, trainable.config(), job.tokenizer, contract, record)
+    adapter = TrainedAdapter(state, trainable.config(), job.base, job.tokenizer, job.template, contract, record)
     try:
         adapter_folder.save(result.output_dir, adapter, result)
     except OSError as error:
@@ -31,6 +31,6 @@ def save_adapter(trainable: Trainable, state: State, job: Job, record: dict[str,
             adapter_folder.save(elsewhere, adapter, replace(result, output_dir=elsewhere))
         except OSError:
             raise TrainingError(
-                f"{what}, nor in {tempfile.gettempdir()}; free space, and --resume goes on from the last checkpoint"
+                f"{what}, nor where temporary files are; free space, and --resume goes on from the last checkpoint"
             ) from None
         raise TrainingError(f"{what}; it is complete in {elsewhere}: free space and move it") from None

@@ -1,12 +1,13 @@
-"""What a run is made of: `prepare` finds all that can fail cheaply, `load` is the first heavy step."""
+"""What a run is made of: `identify` and `prepare` find all that can fail cheaply, `load` is the first heavy step."""
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 
 from lora_alpaca.artifacts import adapter_folder
 from lora_alpaca.config import FinetuneConfig
-from lora_alpaca.data import Rows, cache, held_out, preparation
+from lora_alpaca.data import cache, held_out, preparation
 from lora_alpaca.data.encoding import Encoder
 from lora_alpaca.data.preparation import Prepared
 from lora_alpaca.data.tokenization import hash_tokenizer
@@ -14,6 +15,7 @@ from lora_alpaca.distributed.world import World
 from lora_alpaca.errors import DataError
 from lora_alpaca.models import lora
 from lora_alpaca.models.base import load_base, locate_base
+from lora_alpaca.models.device import as_stored
 from lora_alpaca.models.fingerprint import hash_base
 from lora_alpaca.models.lora import LoraAdapter
 from lora_alpaca.models.tokenizer import load_tokenizer
@@ -21,15 +23,16 @@ from lora_alpaca.planning import preflight
 from lora_alpaca.planning.plan import Plan, fill_defaults
 from lora_alpaca.prompts import fitting_template, load_template
 from lora_alpaca.storage.paths import user_path
-from lora_alpaca.training.job import Job
+from lora_alpaca.training.job import Inputs, Job
 from lora_alpaca.training.progress import Progress
+from lora_alpaca.training.reading import RunRows, read_rows
 from lora_alpaca.training.resume import Start
 
 
-def prepare(config: FinetuneConfig, rows: Rows | None, world: World, start: Start, progress: Progress) -> Job:
-    """Return the job that a config describes; `rows` are those of its data, if they have been read.
+def identify(config: FinetuneConfig, rows: RunRows | None, world: World, start: Start, progress: Progress) -> Inputs:
+    """Return what a config names; `rows` are those of its data, if they have been read.
 
-    Raises ConfigError, DataError, TemplateError, ModelError and AdapterError, before anything heavy is loaded.
+    Raises ConfigError, DataError, TemplateError, ModelError and AdapterError.
     """
     log = progress.log
     template = load_template(config.prompt_template_name) if config.prompt_template_name else None
@@ -37,58 +40,66 @@ def prepare(config: FinetuneConfig, rows: Rows | None, world: World, start: Star
         adapter_folder.check_init_adapter(config)
     config, notes = fill_defaults(config, world.world_size)
     log(*notes)
-    rows = rows or Rows(config.data_path, config.columns, config.skip_bad_rows)
-    if not world.all_equal(rows.digest):
-        raise DataError(f"--data_path {config.data_path}: the processes read different rows; is it being written?")
-    validation_rows = held_out(len(rows), config.val_set_size, config.seed)
-
+    rows = rows or read_rows(config)
+    for flag, part in zip(("data_path", "val_data_path"), rows.parts, strict=False):
+        if not world.all_equal(part.digest):
+            raise DataError(f"--{flag} {part.data_path}: the processes read different rows; is it being written?")
     base = locate_base(config.base_model, config.revision, config.trust_remote_code)
-    size, notes = preflight.check_model(config, base, world.spec)
+    spec, notes = as_stored(world.spec, base.config, base.name, config)
     log(*notes)
     config, notes = preflight.check_options(config, base)
     log(*notes)
-    tokenizer = load_tokenizer(base)
-    template = (start.template(template) or fitting_template(rows.formats, tokenizer)).bound(tokenizer)
-    tokenizer_sha256 = hash_tokenizer(tokenizer)
-    encoder = Encoder.from_options(tokenizer, template, config)
-    prepared = _examples(config, rows, validation_rows, encoder, tokenizer_sha256, world, progress)
+    tokenizer, notes = load_tokenizer(base)
+    log(*notes)
+    template = (start.template(template) or fitting_template(rows.train.formats, tokenizer)).bound(tokenizer)
+    return Inputs(config, rows, base, spec, tokenizer, hash_tokenizer(tokenizer), notes, template)
+
+
+def record(inputs: Inputs, world: World) -> dict[str, Any]:
+    """Return the record of a run of these inputs that begins, but for what becomes of their rows."""
+    with world.main_process_first():  # the others find the hashes of its files in the cache
+        return inputs.record(world.world_size, hash_base(inputs.base))
+
+
+def prepare(inputs: Inputs, world: World, progress: Progress) -> Job:
+    """Return the job of a run's inputs: their rows as examples, and the record that says what became of them.
+
+    Raises DataError, TemplateError, ModelError and AdapterError, before anything heavy is loaded.
+    """
+    log, config, rows = progress.log, inputs.config, inputs.rows
+    size, notes = preflight.check_model(config, inputs.base, inputs.spec)
+    log(*notes)
+    prepared = _examples(inputs, world, progress)
     train, validation, statistics = prepared.train, prepared.validation, prepared.statistics
-    log(f"data: {config.data_path}, sha256 {rows.digest[:12]}; template {template.name}", *statistics.lines())
-    if rows.ignored:
-        log(f"fields that are not used: {', '.join(sorted(map(str, rows.ignored)))}")
+    log(f"data: {config.data_path}, sha256 {rows.train.digest[:12]}; template {inputs.template.name}")
+    if rows.validation is not None:
+        log(f"validation data: {config.val_data_path}, sha256 {rows.validation.digest[:12]}")
+    log(*(note for part in rows.parts for note in part.notes), *statistics.lines())
+    log(*dict.fromkeys(line for part in rows.parts for line in part.fields.lines()))
     statistics.check(config.max_truncated, config.max_dropped, config.max_duplicates)
     if len(train) < config.batch_size:
         log(f"warning: {len(train)} rows are fewer than --batch_size {config.batch_size}: every step is an epoch")
-
-    with world.main_process_first():  # the others find the hashes of its files in the cache
-        base_sha256 = hash_base(base)
-    hashes = {
-        "base_sha256": base_sha256,
-        "tokenizer_sha256": tokenizer_sha256,
-        "data_sha256": rows.digest,
-        "validation_sha256": validation.digest(),
-    }
-    return Job(config, base, world.spec, tokenizer, template, train, validation, statistics, size, hashes)
+    became = {"ledger": statistics.to_json(), "validation_sha256": validation.digest()}
+    described = record(inputs, world) | became
+    base, tokenizer, template = inputs.base, inputs.tokenizer, inputs.template
+    return Job(config, base, inputs.spec, tokenizer, template, train, validation, statistics, size, described)
 
 
-def _examples(
-    config: FinetuneConfig,
-    rows: Rows,
-    validation_rows: set[int],
-    encoder: Encoder,
-    tokenizer_sha256: str,
-    world: World,
-    progress: Progress,
-) -> Prepared:
+def _examples(inputs: Inputs, world: World, progress: Progress) -> Prepared:
     """Return the examples: from the cache, or made by the main process of each machine while the others wait."""
-    folder = cache.cache_folder(config.cache_dir) if len(rows) >= cache.CACHED_FROM else None
-    key = cache.cache_key(rows, encoder, validation_rows, tokenizer_sha256)
+    config, rows = inputs.config, inputs.rows
+    of_train = held_out(len(rows.train), 0 if rows.validation is not None else config.val_set_size, config.seed)
+    number = sum(map(len, rows.parts))
+    encoder = Encoder.from_options(inputs.tokenizer, inputs.template, config, inputs.base.vocabulary)
+    folder, notes = cache.cache_folder(config.cache_dir) if number >= cache.CACHED_FROM else (None, [])
+    progress.log(*notes)
+    key = cache.cache_key(rows.train, encoder, of_train, inputs.tokenizer_sha256, rows.validation)
     with world.main_process_first() if folder else nullcontext():
         if found := cache.cached(folder, key):
             progress.log(f"prepared rows found in {folder}")
             return found
-        with progress.counting(len(rows), "rows") as count:
-            prepared = preparation.prepare(rows, encoder, validation_rows, count)
+        with progress.counting(number, "rows") as count:
+            prepared = preparation.prepare(rows.train, encoder, of_train, count, rows.validation)
         return cache.keep(folder, key, prepared)
 
 

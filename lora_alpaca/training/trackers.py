@@ -41,6 +41,10 @@ class Tracker:
             arguments |= {"id": tracker_id, "resume": "allow"}
         kind: Any = LOGGER_TYPE_TO_CLASS[name]
         project = config.wandb_project or Path(config.output_dir).name
+        if kind.requires_logging_directory and (Path(config.output_dir) / project).is_symlink():
+            where = Path(config.output_dir) / project
+            self._log(f"warning: --report_to {name}: {where} is a symbolic link; going on without it")
+            return
         try:
             tracker = (
                 kind(project, config.output_dir) if kind.requires_logging_directory else kind(project, **arguments)

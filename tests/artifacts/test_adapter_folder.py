@@ -5,18 +5,18 @@ import shutil
 import struct
 
 import pytest
+import short_run
 import torch
 import transformers
 from command import error_line, run
-from conftest import as_row
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from lora_alpaca import FinetuneConfig, finetune
+from lora_alpaca import FinetuneConfig
 from lora_alpaca.artifacts import adapter_folder
 from lora_alpaca.config import ConvertConfig
 from lora_alpaca.errors import AdapterError
-from lora_alpaca.export.convert_adapter import convert_adapter
+from lora_alpaca.export.imports.convert_adapter import convert_adapter
 from lora_alpaca.models import lora
 from lora_alpaca.models.base import load_base, locate_base
 from lora_alpaca.models.device import DeviceSpec
@@ -31,14 +31,7 @@ COMMANDS = ("finetune", "generate", "export")
 @pytest.fixture(scope="module")
 def adapter(tiny_llama, rows, tmp_path_factory):
     """Return the folder of a finished adapter with a checkpoint in it."""
-    folder = tmp_path_factory.mktemp("adapter")
-    path = folder / "rows.json"
-    path.write_text(json.dumps([as_row(conversation) for conversation in rows]))
-    config = FinetuneConfig(
-        base_model=str(tiny_llama), data_path=str(path), output_dir=str(folder / "out"), batch_size=4, max_steps=4,
-        save_steps=2, val_set_size=4, learning_rate=2e-2, cutoff_len=128, load_8bit=False, dtype="fp32", device="cpu",
-    )  # fmt: skip
-    return finetune(config).output_dir
+    return short_run.adapter(tmp_path_factory.mktemp("adapter"), tiny_llama, rows, max_steps=4, save_steps=2)
 
 
 @pytest.fixture
@@ -167,8 +160,8 @@ KINDS = {
     "only a pickle": (_pickled, "adapter_model.bin is a pickle, which is not loaded: lora-alpaca convert_adapter"),
     "settings cut short": (written(SETTINGS, lambda data: data[:40]), "adapter_config.json: cannot be read"),
     "settings of another kind": (
-        written(SETTINGS, lambda data: data.replace(b'"LORA"', b'"IA3"')),
-        "describes no LoRA adapter (peft_type is IA3)",
+        written(SETTINGS, lambda data: data.replace(b'"LORA"', b'"SOLA"')),
+        "describes no LoRA adapter (peft_type is SOLA)",
     ),
     "settings without a rank": (written(SETTINGS, lambda data: data.replace(b'"r": 8', b'"r": 0')), "r is 0; the file"),
     "a record cut short": (written(output_folder.RECORD, lambda data: data[:40]), "lora_alpaca.json: damaged"),
@@ -339,6 +332,7 @@ def _merged_weights(folder):
 
 NOT_CONVERTED = {
     "code": (_stored(lambda state: state | {"x": _Attack()}), "holds no plain tensors, or is damaged; not loaded"),
+    "40 TB": (_stored(lambda state: state | {"x": torch.zeros(1).expand(10**13)}), "x is larger than what the file"),
     "no tensors": (_stored(lambda state: {}), "holds no tensors; it is an empty adapter"),
     "a list": (_stored(lambda state: list(state.values())), "something else than tensors by their names"),
     "a number": (_stored(lambda state: state | {"epoch": 3}), "something else than tensors by their names"),
@@ -349,6 +343,8 @@ NOT_CONVERTED = {
         _stored(lambda state: {n.replace("v_proj", "k_proj"): t for n, t in state.items()}),
         "tensors of k_proj, q_proj, and adapter_config.json names q_proj, v_proj",
     ),
+    "many names": (_stored(lambda state: {f"{n}{i}": t for n, t in state.items() for i in range(9)}), "many names"),
+    "zeros left out": (_stored(lambda state: {n: t.to_sparse() for n, t in state.items()}), "is not a plain tensor"),
     "NaN": (_stored(lambda state: {n: t * float("nan") for n, t in state.items()}), "holds NaN or infinity"),
     "B zero": (_stored(lambda state: {n: t * ("lora_A" in n) for n, t in state.items()}), "the adapter changes noth"),
     "cut short": (lambda folder: written("adapter_model.bin", lambda data: data[:500])(folder, None), "is damaged"),

@@ -190,13 +190,32 @@ def test_a_failed_write_leaves_nothing_and_the_older_checkpoint(out, monkeypatch
     assert contents(out) == before
 
 
-def test_remains_are_swept_and_nothing_else_that_is_hidden(out):
+def test_what_version_0_1_left_is_swept_and_nothing_else_that_is_hidden(out):
     mine = (".git", ".checkpoint-best.partial", ".final.partial.txt", ".cache")
     for name in (*mine, ".checkpoint-3.partial", ".checkpoint-4.removed", ".final.partial"):
         (out / name).mkdir()
-        (out / name / "file").write_text("x")
+        (out / name / "state.json").write_text("x")
+    (out / ".checkpoint-5.partial").mkdir()
+    (out / ".checkpoint-5.partial" / "notes.doc").write_text("nothing that it wrote")
     checkpoints.remove_leftovers(out)
-    assert {path.name for path in out.iterdir()} == set(mine)
+    assert {path.name for path in out.iterdir()} == {*mine, ".checkpoint-5.partial"}
+
+
+@pytest.mark.parametrize("when", ["write", "replace", "unlink"])
+def test_what_a_killed_save_or_removal_leaves_is_swept(out, when):
+    for step in (1, 2):
+        save(out, step)
+    process = os.fork()
+    if not process:
+        setattr(os, when, lambda *_, **__: os._exit(9))
+        save(out, 3) if when != "unlink" else checkpoints.rotate(out, "ours", keep=1)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 9
+    assert [path for path in out.iterdir() if path.name.startswith(".")]
+    (out / ".checkpoint-9.partial-0123456789ab").mkdir()
+    (out / ".checkpoint-9.partial-0123456789ab" / "notes").write_text("named like ours, and not marked")
+    checkpoints.remove_leftovers(out)
+    assert [path.name for path in out.iterdir() if path.name.startswith(".")] == [".checkpoint-9.partial-0123456789ab"]
+    assert checkpoints.newest(out)[0] == out / "checkpoint-2"
 
 
 @pytest.mark.parametrize(
@@ -233,6 +252,7 @@ def test_the_weights_of_a_checkpoint_are_verified(out):
 
 def test_a_best_adapter_is_read_as_it_was_written(out):
     best = {"a": torch.full((2, 3), 7.0)}
-    contents = checkpoints.Checkpoint({"step": 1}, {"a": torch.zeros(2, 3)}, {}, best)
+    facts = {"step": 1, "plan": {}, "progress": {}, "record": {}}
+    contents = checkpoints.Checkpoint(facts, {"a": torch.zeros(2, 3)}, {}, best)
     assert torch.equal(checkpoints.load(checkpoints.save(out, "ours", contents, {})).best["a"], best["a"])
     assert checkpoints.load(save(out, 2)).best == {}

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from command import error_line, run
@@ -259,3 +260,27 @@ def test_a_tokenizer_file_that_does_not_load_is_refused(adapter, tmp_path):
     edit(adapter / "tokenizer.json", lambda content: content["model"]["vocab"].popitem())
     edit(adapter / "tokenizer.json", lambda content: content["model"]["merges"].append(["q", "\u2581zz"]))
     assert "the tokenizer of" in refused_by_both(adapter, tmp_path)
+
+
+def test_a_contract_that_tried_fewer_conversations_is_still_kept_to(tiny_model):
+    """The first version knew no thoughts and tools, and refused conversations that are taken today."""
+    from transformers import AutoTokenizer
+
+    from lora_alpaca.prompts import load_template
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model("Qwen2"))
+    tokenizer.chat_template = (Path(__file__).parent.parent / "prompts" / "chat_templates" / "qwen3.jinja").read_text()
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    template = load_template("chat").bound(tokenizer)
+    content = prompt_contract.build(tokenizer, template, [0])
+    assert len(content["golden"]) == len(prompt_contract.GOLDEN)
+    assert any("Six sevens." in row["text"] for row in content["golden"])
+    assert any("<tool_response>" in row["text"] for row in content["golden"])
+    first = {key: value for key, value in content.items() if key != "conversations"} | {
+        "golden": content["golden"][1:5]
+    }
+    for kept in (content, first):
+        assert prompt_contract.PromptContract(template, kept, "somewhere").bind(tokenizer).digest() == template.digest()
+    changed = first | {"golden": [row | {"ids": [*row["ids"][:-1], 3]} for row in first["golden"]]}
+    with pytest.raises(ContractError):
+        prompt_contract.PromptContract(template, changed, "somewhere").bind(tokenizer)

@@ -103,7 +103,7 @@ def test_the_tokenizer_is_that_of_the_adapter_if_it_brings_one(adapter, tiny_lla
     shutil.copy(tiny_llama / "tokenizer_config.json", adapter)
     assert source.tokenizer_folder == adapter
     shutil.copy(tiny_llama / "tokenizer.json", adapter)
-    tokenizer, template = source.load_tokenizer()
+    tokenizer, template, _ = source.load_tokenizer()
     assert Path(tokenizer.name_or_path) == adapter
     assert template.name == "alpaca"
 

@@ -65,7 +65,8 @@ BAD_FILES = [
     ("A10", "rows.json", f"[{LINE},\n{LINE[:-5]}", "rows.json:2: not JSON: the file ends inside row 2, line 2 (trunc"),
     ("A11", "rows.jsonl", f"{LINE}\n{LINE[:-5]}", "rows.jsonl:2: not JSON: the line ends inside the row"),
     ("A12", "rows.jsonl", f"{LINE}\n\n{LINE}\noops\n{LINE}\n", "rows.jsonl:4: not JSON at column 1: Expecting value"),
-    ("A14", "rows.txt", LINE, "rows.txt: a file of another kind; data is read from .json, .jsonl, .csv, .parquet,"),
+    ("A14", "rows.bak", LINE, "rows.bak: a file of another kind; data is read from .json, .jsonl, .ndjson, .csv,"),
+    ("A14", "rows.xlsx", "PK", "rows.xlsx: a workbook of a spreadsheet; save it as CSV UTF-8"),
     ("A15", "rows.json", f'[{LINE}, {{"instruction": "a"}}]', "rows.json:2: Alpaca format: no output; the row has 'in"),
     ("A16", "rows.json", '[{"instrution": "a", "output": "b"}]', "rows.json:1: Alpaca format: no instruction; the row "
      "has 'instrution', 'output'; did you mean instruction by 'instrution'? --columns instruction=instrution"),
@@ -104,8 +105,9 @@ def test_a_bad_file_is_refused(tmp_path, name, content, said):
 def test_no_file(tmp_path, monkeypatch, number):
     (tmp_path / "folder.json").mkdir()
     assert refused_data(tmp_path / "none.json").endswith("none.json: no such file")
-    assert refused_data(tmp_path / "folder.json").endswith("folder.json: not a regular file")
-    assert f"{tmp_path}: a folder; data is read from .json" in refused_data(tmp_path)
+    without = "a folder without a file that can be read"
+    assert refused_data(tmp_path / "folder.json").endswith(f"folder.json: {without}")
+    assert refused_data(tmp_path).endswith(f"{tmp_path}: {without} (left out: folder.json (a folder), here (a folder))")
 
     def deny(path, mode):
         raise PermissionError(13, "Permission denied")
@@ -354,7 +356,7 @@ def test_a_text_arrives_byte_for_byte(tmp_path, tokenizer, text):
     template = load_template("alpaca_short")
     before, between, after = re.split(r"\{instruction\}|\{input\}", template.prompt_input)
     prompt = before + text + between + text + after
-    assert [run.text for run in template.render(conversation)][:2] == [prompt, text]
+    assert [run.text for run in template.examples(conversation)[0]][:2] == [prompt, text]
     ids = Encoder.for_prompts(tokenizer, template).encode([conversation])[0].ids
     assert tokenizer.decode(ids[1:-1]) == prompt + text
 
@@ -382,7 +384,7 @@ def test_a_validation_part_that_cannot_be(data_path, tiny_llama, number):
 @entry("A40")
 def test_a_share_is_a_share(data_path, tiny_llama, monkeypatch, number):
     result = stopped_at_the_model(monkeypatch, data_path, tiny_llama, "--val_set_size", "0.25")
-    assert "48 rows read (48 in Alpaca format); 36 to train on, 12 held out" in result.out
+    assert "48 rows read (48 in Alpaca format); 36 to train on, 12 to validate on" in result.out
 
 
 @entry("A41")

@@ -17,8 +17,8 @@ pytestmark = pytest.mark.usefixtures("here")  # an empty folder, where nothing m
 
 BAD_FLAGS = [
     ("C58", ["--learnig_rate", "1e-5"], "unknown flag --learnig_rate; did you mean --learning_rate?"),
-    ("C58", ["--lora_rank=4"], "unknown flag --lora_rank; did you mean --lora_"),
-    ("C58", ["--fp16"], "unknown flag --fp16"),
+    ("C58", ["--lora_ranks=4"], "unknown flag --lora_ranks; did you mean --lora_"),
+    ("C58", ["--fp16"], "flags of other trainers: --fp16 True is --dtype fp16"),
     ("C59", ["extra"], "stray word 'extra'; every option is --name value"),
     ("C59", ["--seed", "1", "data.json"], "stray word 'data.json'"),
     ("C60", ["--num_epochs"], "--num_epochs needs a value: --num_epochs NUMBER"),
@@ -83,7 +83,7 @@ WHOLE = [
 @pytest.mark.parametrize(("config_class", "name"), WHOLE, ids=[name for _, name in WHOLE])
 def test_a_whole_number_is_one_and_not_too_small(number, config_class, name):
     verb = "finetune" if config_class is FinetuneConfig else "generate"
-    for value in ("-1", "2.5", "many", *(() if name in ("warmup_steps", "seed", "top_k") else ("0",))):
+    for value in ("-1", "2.5", "many", *(() if name in ("warmup_steps", "seed", "top_k", "max_waiting") else ("0",))):
         assert f"--{name} {value}: input should be " in line_of(verb, f"--{name}", value)
 
 
@@ -115,7 +115,7 @@ TARGETS = [
     ),
     ("C71", "q_proj,value", "--lora_target_modules value: the model has no such module; it has down_proj, gate_proj"),
     ("C72", "q_proj v_proj", "--lora_target_modules q_proj v_proj: the model has no such module"),
-    ("C72", ".*_proj", "--lora_target_modules .*_proj: the model has no such module"),
+    ("C72", ".*_proj_", "--lora_target_modules .*_proj_: the model has no such module"),
 ]
 
 
@@ -132,9 +132,14 @@ def test_target_modules_that_are_not_there(names, said, tiny_llama, data_path):
         ("q_proj,v_proj", ["q_proj", "v_proj"]),
         ("[q_proj, v_proj]", ["q_proj", "v_proj"]),
         ("['q_proj','v_proj']", ["q_proj", "v_proj"]),
+        ("(q_proj,v_proj)", ["q_proj", "v_proj"]),
         ("all-linear", ["all-linear"]),
+        (r".*\.layers\.1\..*(q_proj|v_proj)", [r".*\.layers\.1\..*(q_proj|v_proj)"]),
+        (r"(q_proj|v_proj)", [r"(q_proj|v_proj)"]),
+        (r".*layers\.\d{1,2}\.[^,]*q_proj, v_proj", [r".*layers\.\d{1,2}\.[^,]*q_proj", "v_proj"]),
+        (r"['.*\.0\..*q_proj', 'v_proj']", [r".*\.0\..*q_proj", "v_proj"]),
     ],
-    ids=["plain", "in brackets", "quoted", "all"],
+    ids=["plain", "in brackets", "quoted", "in parentheses", "all", "expression", "bare expression", "comma", "list"],
 )
 def test_a_list_is_read_as_one(number, typed, meant):
     assert parse(FinetuneConfig, ["--lora_target_modules", typed]).lora_target_modules == meant

@@ -90,6 +90,11 @@ BAD_BASES = [
         "the tokenizer of {base}: tokenizer.json is missing, and so",
     ),
     ("F108", without("model.safetensors"), "{base} holds no weights (model.safetensors is missing)"),
+    (
+        "F108",
+        lambda folder: (folder / "model.safetensors").rename(folder / "consolidated.00.pth"),
+        "{base} holds consolidated.00.pth, which is not read, and no model.safetensors; name the same model in safet",
+    ),
     ("F108", bytes_of("model.safetensors", lambda data: b""), "{base}/model.safetensors is empty (0 bytes)"),
     ("F108", bytes_of("model.safetensors", lambda data: POINTER), "{base}/model.safetensors is a git-LFS pointer, not"),
     ("F108", bytes_of("model.safetensors", lambda data: data[:-9]), "{base}/model.safetensors cannot be read ("),
@@ -105,7 +110,7 @@ BAD_BASES = [
     ("F110", of_class("ViTConfig"), f"a vit model {NO_WRITER}"),
     ("F110", described(model_type="zork"), "model type `zork` but Transformers does not recognize this architecture"),
     ("F110", described(num_hidden_layers="two"), "Field 'num_hidden_layers' expected int, got str (value: 'two')"),
-    ("F110", bytes_of("config.json", lambda data: data[:20]), "config.json' is not a valid JSON file"),
+    ("F110", bytes_of("config.json", lambda data: data[:20]), "{base}/config.json: cannot be read (Expecting"),
     (
         "F114",
         as_a_pickle,
@@ -373,7 +378,7 @@ def test_an_export_onto_a_disk_that_is_too_small(number, adapter, monkeypatch):
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Full)
     line = line_of("export", "--lora_weights", adapter, "--output_dir", "out")
-    assert line.startswith("error: --output_dir out: the merged model takes 0.001 GB, and 0.000 GB are free on that")
+    assert line.startswith("error: --output_dir out: the merged model, as hf, takes 0.001 GB, and 0.000 GB are free")
 
 
 @entry("F116")
@@ -381,4 +386,4 @@ def test_a_quantised_base_is_not_merged_into(number, adapter, here, tiny_llama):
     base = shutil.copytree(tiny_llama, here / "base")
     described(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})(base)
     line = line_of("export", "--lora_weights", adapter, "--base_model", base, code=1)
-    assert "is stored quantised; merging needs full precision: name the model that it was quantised from" in line
+    assert "is stored quantised (4-bit (FP4)), and merging needs full precision: name the model that it was" in line

@@ -112,8 +112,17 @@ def test_overview_and_version():
     assert run("--version").out.strip().count(".") == 2
 
 
+def test_the_package_is_the_command_too(tmp_path):
+    words = [sys.executable, "-m", "lora_alpaca"]
+    shown = subprocess.run([*words, "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert (shown.returncode, shown.stdout, shown.stderr) == (0, run("--help").out, "")
+    wrong = subprocess.run([*words, "show", "--rwo", "1"], cwd=tmp_path, capture_output=True, text=True)
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr == "error: unknown flag --rwo; did you mean --row?\n"
+
+
 def test_the_page_without_gradio_is_one_line(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("lora_alpaca.inference.terminal.find_spec", lambda name: None)
     assert 'pip install "lora-alpaca[web]"' in refused("generate")
 
 

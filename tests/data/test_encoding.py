@@ -151,6 +151,8 @@ def test_a_tokenizer_without_an_end_token_is_refused_unless_none_is_learned(toke
         Encoder.from_options(other, load_template("alpaca"), DataOptions())
     assert Encoder.for_prompts(other, load_template("alpaca")).prompt(ROW)
     assert encoded(other, add_eos_token=False).ends == []
+    with pytest.raises(TemplateError, match="the end token behind every answer, and the tokenizer has none"):
+        Encoder.for_prompts(other, load_template("vicuna")).prompt(TALK.prompt)
 
 
 def test_every_answer_is_learned_or_the_last_one_alone(tokenizer):

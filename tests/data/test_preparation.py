@@ -6,7 +6,7 @@ import pytest
 
 from lora_alpaca.config.shared import DataOptions
 from lora_alpaca.data import Rows, preparation
-from lora_alpaca.data.cache import KEPT, cache_key, cached, keep
+from lora_alpaca.data.cache import KEPT, cache_folder, cache_key, cached, keep
 from lora_alpaca.data.encoding import Choices, Encoder
 from lora_alpaca.data.examples import IGNORED, Builder, Example, Examples
 from lora_alpaca.data.preparation import prepare
@@ -144,6 +144,33 @@ def test_held_out_rows_are_validation(prepared):
     assert list(found.train) == [everything.train[n] for n in (0, 2, 4)]
 
 
+def test_rows_to_validate_on_may_be_those_of_another_file(prepared, tokenizer, tmp_path):
+    """A long answer is cut in both; the training part is what it is without the file, in blocks too."""
+    path = tmp_path / "val.json"
+    path.write_text(json.dumps([LONG, numbered(3)[2], ROW]))
+    template = load_template("alpaca_short").bound(tokenizer)
+    encoder = Encoder.from_options(tokenizer, template, DataOptions(cutoff_len=100))
+    alone = prepared(numbered(5))
+    found = prepare(Rows(str(tmp_path / "rows.json")), encoder, set(), lambda done: None, Rows(str(path)))
+    assert list(found.train) == list(alone.train)
+    assert list(found.validation) == list(prepared([LONG, numbered(3)[2], ROW]).train)
+    statistics = found.statistics
+    assert (statistics.read, statistics.train, statistics.validation) == (8, 5, 3)
+    assert (statistics.truncated.first, statistics.shared.first) == (["val.json:1"], ["val.json:2"])
+
+
+def test_documents_stay_blocks_beside_rows_to_validate_on(prepared, tokenizer, tmp_path):
+    documents = [{"text": "The owl hoots. " * 30}, {"text": "Short."}]
+    alone = prepared(documents, template="plain")
+    path = tmp_path / "val.json"
+    path.write_text(json.dumps([{"prompt": "The owl", "completion": " hoots."}]))
+    encoder = Encoder.from_options(tokenizer, load_template("plain").bound(tokenizer), DataOptions(cutoff_len=100))
+    found = prepare(Rows(str(tmp_path / "rows.json")), encoder, set(), lambda done: None, Rows(str(path)))
+    assert list(found.train) == list(alone.train)
+    assert len(found.validation) == 1
+    assert found.validation[0].labels[0] == IGNORED
+
+
 def test_many_chunks_are_one(prepared, monkeypatch):
     whole = prepared(numbered(25), held_out=[7, 20])
     monkeypatch.setattr(preparation, "CHUNK", 4)
@@ -160,6 +187,48 @@ def test_documents_become_blocks(prepared, tokenizer):
     assert ids.count(tokenizer.eos_token_id) == 2
     assert ids.count(tokenizer.bos_token_id) == 2
     assert all(row.labels == row.ids.tolist() for row in found.train)
+
+
+def talk(*answers):
+    turns = [[{"role": "user", "content": "Hi."}, {"role": "assistant"} | answer] for answer in answers]
+    return {"messages": [turn for pair in turns for turn in pair]}
+
+
+def test_rows_without_an_answer_to_learn_are_dropped_and_answers_that_are_only_seen_are_counted(prepared):
+    seen, learned = {"content": "No.", "weight": 0}, {"content": "Yes."}
+    found = prepared(
+        [talk(learned), talk(seen, learned), talk(seen, seen), talk(seen)], template="vicuna", cutoff_len=400
+    )
+    statistics = found.statistics
+    assert (statistics.unlearned.count, statistics.unlearned.first[0]) == (2, "rows.json:3")
+    assert (statistics.only_seen.count, statistics.only_seen.first[0]) == (1, "rows.json:2")
+    assert (len(found.train), statistics.dropped()) == (2, 2)
+    assert any(
+        "2 of 4 rows (50.0%) have no answer to learn (weight 0, train false)" in line for line in statistics.lines()
+    )
+    assert [len(example.spans) for example in found.train] == [1, 1]
+    with pytest.raises(DataError, match=r"2 of 2 rows are dropped \(first: rows\.json:1\)"):
+        prepared([talk(seen), talk(seen, seen)], template="vicuna")
+
+
+def test_a_row_may_be_several_examples_which_stay_on_its_side(tiny_llama, prepared, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", (
+        "{% for m in messages %}{{ m.role + ':' + m.content }}"
+        "{% if m.role == 'assistant' %}{{ '!' if loop.last }}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    ))  # fmt: skip
+    rows = [talk({"content": "One."}, {"content": "Two."}), talk({"content": "Three."})]
+    found = prepared(rows, held_out=[0], template="chat")
+    assert (len(found.train), len(found.validation)) == (1, 2)
+    assert (found.statistics.read, found.statistics.validation) == (2, 2)
+    assert (found.statistics.turn_by_turn.count, found.statistics.turn_by_turn.first) == (1, ["rows.json:1"])
+    learned = [tokenizer.decode(row.ids[first:last]) for row in found.validation for first, last in row.spans]
+    assert learned == ["One.!</s>", "Two.!</s>"]
+    whole = prepared(rows, template="chat").train.lengths.max()
+    short = prepared(rows, template="chat", cutoff_len=int(whole) - 1)  # the longer example of the first row is cut
+    assert (short.statistics.truncated.count, len(short.train)) == (1, 3)
+    short = prepared(rows, template="chat", cutoff_len=int(whole) - 1, overlong="drop")
+    assert (short.statistics.overlong.count, len(short.train)) == (1, 2)
 
 
 def test_the_statistics_count(prepared, tokenizer):
@@ -235,7 +304,8 @@ def test_the_cache_gives_back_what_it_was_given(job, tmp_path):
         assert list(found.train) == list(fresh.train)
         assert list(found.validation) == list(fresh.validation)
         assert found.statistics == fresh.statistics
-    assert not list((tmp_path / "cache").glob(".partial*"))
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [key]
+    assert (tmp_path / "cache" / key).stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.parametrize("damage", ["ids", "starts", "ledger.json"])
@@ -254,6 +324,7 @@ def test_the_key_is_of_everything_that_matters(job, tokenizer, tmp_path):
     sha = hash_tokenizer(tokenizer)
     alpaca, legacy = load_template("alpaca"), load_template("alpaca_legacy")
     changes = {"cutoff_len": 9, "overlong": "drop", "train_on_inputs": True, "train_on": "last", "add_eos_token": False}
+    changes |= {"train_on_reasoning": False}
     assert changes.keys() == {name.name for name in fields(Choices)}
     changed = [Choices(**{name: value}) for name, value in changes.items()]
     others = [cache_key(rows, Encoder(tokenizer, alpaca, choices), {3}, sha) for choices in changed]
@@ -286,6 +357,54 @@ def test_a_cache_that_cannot_be_written_is_none(job, tmp_path):
     (tmp_path / "file").write_text("")
     assert keep(tmp_path / "file" / "cache", key, fresh) is fresh
     assert keep(None, key, fresh) is fresh
+
+
+def test_a_cache_that_others_can_write_to_is_not_used_and_that_is_said(tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o777)
+    folder, notes = cache_folder(str(tmp_path / "cache"))
+    assert folder is None
+    assert notes == [
+        f"warning: the cache {tmp_path / 'cache'} can be written to by other users; rows are not kept there, "
+        "name another: --cache_dir"
+    ]
+    assert cache_folder(str(tmp_path / "new")) == (tmp_path / "new", [])
+    assert cache_folder("none") == (None, [])
+
+
+def test_what_a_killed_process_left_in_the_cache_is_removed(job, tmp_path):
+    rows, encoder, key = job
+    cache, fresh = tmp_path / "cache", prepare(rows, encoder, set(), lambda done: None)
+    cache.mkdir()
+    process = os.fork()
+    if not process:
+        os.replace = lambda *_, **__: os._exit(9)
+        keep(cache, key, fresh)
+    os.waitpid(process, 0)
+    (left,) = cache.iterdir()
+    assert left.name.startswith(f".{key}.partial-")
+    keep(cache, key, fresh)
+    assert [path.name for path in cache.iterdir()] == [key]
+
+
+@pytest.mark.parametrize("name", ["key", "f" * 64])
+@pytest.mark.parametrize("kind", ["file", "folder", "dangling", "loop"])
+def test_no_link_in_the_cache_is_followed(job, tmp_path, name, kind):
+    rows, encoder, key = job
+    fresh = prepare(rows, encoder, set(), lambda done: None)
+    cache, theirs = tmp_path / "cache", tmp_path / "theirs"
+    keep(theirs, key, fresh)
+    before = {path: path.stat().st_mtime_ns for path in theirs.rglob("*")}
+    link = cache / (key if name == "key" else name)
+    leads_to = {"file": theirs / key / "train.ids", "folder": theirs / key, "dangling": theirs / "new", "loop": link}
+    cache.mkdir()
+    link.symlink_to(leads_to[kind])
+    assert cached(cache, key) is None
+    for number in range(KEPT + 2):
+        keep(cache, f"{number:064}", fresh)
+    kept = keep(cache, key, fresh)
+    assert list(kept.train) == list(fresh.train)
+    assert {path: path.stat().st_mtime_ns for path in theirs.rglob("*")} == before
 
 
 def test_a_second_run_finds_its_rows_prepared(data_path, tiny_llama, tmp_path, monkeypatch):

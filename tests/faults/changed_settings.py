@@ -19,8 +19,8 @@ from faults.report import Report, chosen
 from faults.scene import Ended, Scene, losses, make_model, make_rows, same, steps
 from lora_alpaca.artifacts.checkpoint import STATE
 from lora_alpaca.planning.plan import Plan
+from lora_alpaca.storage.json_files import read_json
 from lora_alpaca.storage.output_folder import MANIFEST, RECORD, read_record
-from lora_alpaca.storage.paths import read_json
 
 AT, SAVED = 4, "checkpoint-6"  # where the run was killed; a checkpoint of after the change
 RATE, STEPS, WARM_UP = 1e-2, 8, 2

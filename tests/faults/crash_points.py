@@ -107,10 +107,9 @@ class _Stage:
         """Return a run that was killed in its third save, and whose second checkpoint is damaged since."""
         self.empty()
         options = {"save_total_limit": 3, "max_steps": 4}
-        fourth_lock = f".checkpoint-3.partial/{MANIFEST}"
 
         def before(kind: str, path: Path, more: Any) -> None:
-            if str(path).endswith(fourth_lock):
+            if path.name == MANIFEST and ".checkpoint-3.partial-" in str(path):
                 dies_before(1)(kind, path, more)
 
         died = self.scene.finetune(self.out, lambda: Watch(self.work, before).begin(), **options)

@@ -14,7 +14,7 @@ from faults.library import LOSS, STEP, steps_done, tokens, wrap
 from faults.report import Report, chosen
 from faults.scene import Scene, losses, same
 from lora_alpaca.artifacts.checkpoint import STATE
-from lora_alpaca.storage.paths import read_json
+from lora_alpaca.storage.json_files import read_json
 
 ERRORS: dict[str, Exception] = {
     "CUDA": torch.OutOfMemoryError(

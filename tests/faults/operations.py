@@ -27,7 +27,8 @@ class Watch:
         self.folder, self.before = os.path.realpath(folder), before
         self.open_files: dict[int, str] = {}
         self.own = {name: getattr(os, name) for name in ("open", "close", "write", "fsync", "replace", "rename",
-                                                         "unlink", "remove", "rmdir", "mkdir", "chmod")}  # fmt: skip
+                                                         "unlink", "remove", "rmdir", "mkdir", "chmod",
+                                                         "fchmod")}  # fmt: skip
         self.own_open = builtins.open
 
     def path(self, path: Any, dir_fd: int | None = None) -> str:
@@ -65,9 +66,14 @@ class Watch:
             self.tell("fsync", named)
         self.own["fsync"](descriptor)
 
-    def replace(self, path: Any, to: Any, **options: Any) -> None:
-        self.tell("replace", self.path(path), Path(self.path(to)))
-        self.own["replace"](path, to, **options)
+    def replace(self, path: Any, to: Any, *, dst_dir_fd: int | None = None) -> None:
+        self.tell("replace", self.path(path), Path(self.path(to, dst_dir_fd)))
+        self.own["replace"](path, to, dst_dir_fd=dst_dir_fd)
+
+    def fchmod(self, descriptor: int, mode: int) -> None:
+        if named := self.open_files.get(descriptor):
+            self.tell("chmod", named)
+        self.own["fchmod"](descriptor, mode)
 
     def on(self, name: str, kind: str) -> Callable[..., None]:
         """Return the replacement of a function that takes one path."""
@@ -87,7 +93,7 @@ class Watch:
 
     def begin(self) -> None:
         """Put the replacements in place."""
-        for name in ("open", "close", "write", "fsync", "replace"):
+        for name in ("open", "close", "write", "fsync", "replace", "fchmod"):
             setattr(os, name, getattr(self, name))
         os.rename = self.replace
         for name, kind in (("unlink", "unlink"), ("remove", "unlink"), ("rmdir", "rmdir"), ("mkdir", "mkdir"),

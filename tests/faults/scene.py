@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -19,8 +20,8 @@ from conftest import ARCHITECTURES, _save_sentencepiece
 from safetensors.torch import load_file
 
 from lora_alpaca.cli.verbs import main
+from lora_alpaca.storage.json_files import read_json
 from lora_alpaca.storage.output_folder import MANIFEST, RECORD
-from lora_alpaca.storage.paths import read_json
 
 from .phases import Entry, note, read
 
@@ -30,11 +31,15 @@ ADAPTER = "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended: its exit code (-n after signal n, -999 after a timeout), its output, and its phases."""
+    """How a command ended: its exit code (-n after signal n, -999 after a timeout), its output, and its phases.
+
+    `megabytes` is the most memory that it took over what the process had that it is a copy of.
+    """
 
     code: int
     said: str
     phases: list[Entry]
+    megabytes: float = 0.0
 
     def error(self) -> str:
         """Return its one line of error; a traceback, or more or fewer than one such line, is none."""
@@ -80,16 +85,27 @@ def copied(work: Callable[[], None], log: Path) -> int:
         os._exit(code)
 
 
+def memory(kind: str) -> float:
+    """Return what Linux says of the memory of this process, in MB: `VmRSS` now, `VmHWM` at its peak; 0 elsewhere."""
+    try:
+        found = re.search(rf"^{kind}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    except OSError:
+        return 0.0
+    return int(found[1]) / 1024 if found else 0.0
+
+
 def forked(work: Callable[[], None], log: Path, patience: float = PATIENCE) -> Ended:
     """Do some work in a copy of this process and return how that ended."""
+    before = memory("VmRSS")
     process = copied(work, log)
     until = time.monotonic() + patience
     pause = 0.002
     while True:
-        done, status = os.waitpid(process, os.WNOHANG)
+        done, status, usage = os.wait4(process, os.WNOHANG)
         if done:
             said = log.read_text(errors="replace") if log.exists() else ""
-            return Ended(os.waitstatus_to_exitcode(status), said, read(trace_of(log)))
+            taken = max(0.0, usage.ru_maxrss / 1024 - before) if before else 0.0
+            return Ended(os.waitstatus_to_exitcode(status), said, read(trace_of(log)), taken)
         if time.monotonic() > until:
             os.kill(process, signal.SIGKILL)
             os.waitpid(process, 0)

@@ -131,3 +131,28 @@ def test_files_from_the_hub_are_named_by_their_hash_and_not_read(folder, tmp_pat
     monkeypatch.setattr(transformers.utils.hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("hashlib.file_digest", lambda *_: pytest.fail("a file was read"))
     assert hash_base(base) == before
+
+
+@pytest.mark.parametrize("kind", ["file", "dangling", "loop", "folder"])
+def test_no_link_at_the_place_of_the_hashes_is_followed(folder, cache, tmp_path, kind):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "file").write_text("{}")
+    cache.parent.mkdir(parents=True)
+    cache.parent.chmod(0o700)
+    leads_to = {"file": theirs / "file", "dangling": theirs / "new", "loop": cache, "folder": theirs}
+    cache.symlink_to(leads_to[kind])
+    digest = of(folder)
+    assert {path.name: path.read_text() for path in theirs.iterdir()} == {"file": "{}"}
+    assert cache.is_file()
+    assert not cache.is_symlink()
+    assert of(folder) == digest
+
+
+def test_hashes_that_others_can_write_are_not_believed(folder, cache):
+    digest = of(folder)
+    kept = json.loads(cache.read_text())
+    cache.write_text(json.dumps({path: [*facts[:-1], "0" * 64] for path, facts in kept.items()}))
+    assert of(folder) != digest
+    cache.parent.chmod(0o777)
+    assert of(folder) == digest

@@ -119,7 +119,7 @@ def test_three_rows_are_enough(tmp_path):
     (tmp_path / "three.json").write_text(json.dumps(rows))
     result = run("finetune", "--data_path", "three.json", "--max_steps", "2")
     assert result.code == 0, result.err
-    assert "3 to train on, 0 held out" in result.out
+    assert "3 to train on, 0 to validate on" in result.out
     assert "warning: 3 rows are fewer than --batch_size 16" in result.out
 
 
@@ -264,8 +264,9 @@ def test_base_model_from_the_environment(train, tiny_llama, monkeypatch):
     assert f"model {tiny_llama}, without an adapter" in result.err
 
 
-def test_without_a_recorded_template_it_must_be_named(train, tiny_llama):
+def test_without_a_recorded_template_it_must_be_named(train, tiny_llama, monkeypatch):
     train()
+    monkeypatch.setenv("BASE_MODEL", str(tiny_llama))
     for name in ("lora_alpaca.json", "prompt_contract.json"):  # what plain PEFT would have left
         Path("lora-alpaca", name).unlink()
     for verb in ("generate", "export"):

@@ -1,6 +1,7 @@
 """The tokenizer's own chat template: its ids are transformers', and what is learned is what generation would meet."""
 
 import datetime
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,9 +89,12 @@ def ids_of_transformers(tokenizer: Any, messages: tuple[Message, ...], generates
 
 
 def learned_texts(encoder: Encoder, conversation: Conversation) -> list[str]:
-    (row,) = encoder.encode([conversation])
-    pieces = encoder.text.pieces(row.ids.tolist())
-    return ["".join(pieces[first:last]) for first, last in row.spans]
+    """Return what is learned of a conversation, in all of its examples."""
+    found = []
+    for row in encoder.encode([conversation]):
+        pieces = encoder.text.pieces(row.ids.tolist())
+        found += ["".join(pieces[first:last]) for first, last in row.spans]
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------ as they come
@@ -101,18 +105,19 @@ def test_training_and_generation_have_the_ids_of_transformers(family, tokenizer,
     encoder = encoder_of(tokenizer)
     for system in ("", "Answer like a zoologist.") if FAMILIES[family].system else ("",):
         conversation = talk(turns, system)
-        (row,) = encoder.encode([conversation])
+        *_, row = encoder.encode([conversation])
         assert row.ids.tolist() == ids_of_transformers(tokenizer, conversation.messages, False)
         assert encoder.prompt(conversation) == ids_of_transformers(tokenizer, conversation.messages[:-1], True)
 
 
 @pytest.mark.parametrize("turns", [1, 2, 3])
-def test_every_answer_and_its_end_are_learned_unless_the_template_rewrites_it_later(family, tokenizer, turns):
+def test_every_answer_and_its_end_are_learned_also_where_the_template_rewrites_it_later(family, tokenizer, turns):
     what = FAMILIES[family]
     written = [what.answer.format(answer) + what.end for answer in ANSWERS[:turns]]
     encoder = encoder_of(tokenizer)
     assert encoder.template.stop == what.end
-    assert learned_texts(encoder, talk(turns)) == (written if what.learns_all else written[-1:])
+    assert learned_texts(encoder, talk(turns)) == written
+    assert len(encoder.encode([talk(turns)])) == (1 if what.learns_all else turns)
     assert learned_texts(encoder_of(tokenizer, train_on="last"), talk(turns)) == written[-1:]
 
 
@@ -122,20 +127,19 @@ def test_what_generation_is_fed_at_every_turn_is_a_prefix_of_what_training_saw(f
     conversation = talk(turns, answers=[answer] * turns)
     for train_on in ("all", "last"):
         encoder = encoder_of(tokenizer, train_on=train_on)
-        (row,) = encoder.encode([conversation])
         prompts = [encoder.prompt(Conversation(conversation.messages[:place])) for place in range(1, turns * 2, 2)]
-        for (first, _), prompt in zip(row.spans, prompts[-len(row.spans) :], strict=True):
-            assert row.ids[:first].tolist() == prompt
+        seen = [row.ids[:first].tolist() for row in encoder.encode([conversation]) for first, _ in row.spans]
+        assert seen == (prompts if train_on == "all" else prompts[-1:])
         assert prompts[-1] == encoder.prompt(conversation)
 
 
 def test_control_strings_of_a_user_stay_text_and_change_nothing_else(family, tokenizer):
     encoder = encoder_of(tokenizer)
     special = set(encoder.text.control_tokens.values())
-    (before,) = encoder.encode([talk(2, users=["What is x called?"] * 2)])
+    *_, before = encoder.encode([talk(2, users=["What is x called?"] * 2)])
     for token in encoder.text.control_tokens:
         conversation = talk(2, users=[f"What is {token} called?"] * 2)
-        (row,) = encoder.encode([conversation])
+        *_, row = encoder.encode([conversation])
         assert [i for i in row.ids.tolist() if i in special] == [i for i in before.ids.tolist() if i in special]
         learned = [row.ids[first:last].tolist() for first, last in row.spans]
         assert learned == [before.ids[first:last].tolist() for first, last in before.spans]
@@ -151,8 +155,8 @@ def test_a_recorded_chat_template_needs_no_tokenizer_that_brings_one(family, tok
     assert stored.digest() == template.digest() != load_template("chat").digest()
     tokenizer.chat_template = None
     encoders = [Encoder.for_prompts(tokenizer, one) for one in (template, stored.bound(tokenizer))]
-    (row,), (again,) = (encoder.encode([talk(2)]) for encoder in encoders)
-    assert row == again
+    rows, again = (encoder.encode([talk(2)]) for encoder in encoders)
+    assert rows == again
 
 
 def test_the_input_of_a_row_stands_below_its_instruction(family, tokenizer):
@@ -186,18 +190,26 @@ def test_todays_date_is_tomorrows_too_once_it_is_recorded(tokenizers, monkeypatc
 
 def test_a_refused_system_message_is_one_line_that_names_the_row(tokenizers):
     template = load_template("chat").bound(tokenizers("gemma"))
-    for make in (template.render, template.prompt):
+    for make in (template.examples, template.prompt):
         with pytest.raises(TemplateError) as error:
             make(talk(2, "Be brief."))
         assert str(error.value) == "rows.json:7: the chat template refuses: System role not supported"
 
 
-def test_a_prompt_that_is_not_repeated_before_the_answer_is_refused(tokenizers):
+def test_a_prompt_that_is_shown_otherwise_once_it_is_answered_is_learned_as_it_is_served(tokenizers):
     """This template shows a system message to who is to answer, and none to who reads on."""
+    encoder = encoder_of(tokenizers("mistral"))
+    conversation = talk(2, "Be brief.")
+    rows = encoder.encode([conversation])
+    assert learned_texts(encoder, conversation) == [f" {answer}</s>" for answer in ANSWERS[:2]]
+    for row, place in zip(rows, (2, 4), strict=True):
+        (first, last), prompt = row.spans[0], encoder.prompt(Conversation(conversation.messages[:place]))
+        assert (row.ids[:first].tolist(), last) == (prompt, len(row.ids))
+        assert "Be brief." in "".join(encoder.text.pieces(prompt))
+
+
+def test_a_prompt_that_is_never_repeated_before_an_answer_is_refused(tokenizers):
     tokenizer = tokenizers("mistral")
-    with pytest.raises(TemplateError, match=r"^rows\.json:7: .* does not repeat its prompt before an answer") as error:
-        load_template("chat").bound(tokenizer).render(talk(1, "Be brief."))
-    assert "\n" not in str(error.value)
     source = tokenizer.chat_template
     for other in ("[INST]", "_"):
         tokenizer.chat_template = source + f"{{% if add_generation_prompt %}}{{{{ '{other}' }}}}{{% endif %}}"
@@ -224,7 +236,7 @@ def test_a_tokenizer_without_control_tokens_ends_nothing(tokenizers):
 
 
 @pytest.mark.parametrize(
-    ("chat_template", "said"), [(None, "no chat template"), ({"default": "x", "rag": "y"}, "several chat templates")]
+    ("chat_template", "said"), [(None, "no chat template"), ({"rag": "x", "tool_use": "y"}, "several chat templates")]
 )
 def test_a_tokenizer_without_one_chat_template_is_refused(tokenizers, chat_template, said):
     tokenizer = tokenizers("llama_2")
@@ -238,6 +250,19 @@ def test_a_template_that_cannot_be_read_says_so_in_one_line(tokenizers):
     tokenizer.chat_template = "{% for %}"
     with pytest.raises(TemplateError, match=r"^the chat template refuses: [^\n]+$"):
         load_template("chat").bound(tokenizer)
+
+
+def test_a_template_that_never_ends_is_refused_in_one_line_and_what_follows_goes_on(tokenizers, monkeypatch):
+    monkeypatch.setattr("lora_alpaca.prompts.chat.SECONDS", 0.3)
+    tokenizer = tokenizers("qwen2_5")
+    source = tokenizer.chat_template
+    tokenizer.chat_template = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}" + source
+    begun = time.monotonic()
+    with pytest.raises(TemplateError, match=r"^the chat template takes more than 0\.3 s for one conversation"):
+        load_template("chat").bound(tokenizer)
+    assert time.monotonic() - begun < 5
+    tokenizer.chat_template = source
+    assert learned_texts(encoder_of(tokenizer), talk(1)) == [ANSWERS[0] + "<|im_end|>"]
 
 
 def test_a_recorded_template_that_is_no_text_is_refused():
@@ -257,40 +282,66 @@ def test_a_document_is_no_conversation(tokenizers):
 THOUGHT = "<think>\nIt has wings.\n</think>\n\nAn owl."
 
 
-def test_dropped_thoughts_leave_the_last_answer_to_learn_with_its_own(tokenizers):
+def test_a_template_that_drops_earlier_thoughts_is_learned_turn_by_turn_as_it_will_be_served(tokenizers):
     encoder = encoder_of(tokenizers("qwen3"))
     conversation = talk(2, answers=[THOUGHT, THOUGHT])
-    assert learned_texts(encoder, conversation) == [THOUGHT + "<|im_end|>"]
-    (row,) = encoder.encode([conversation])
-    assert row.ids[: row.spans[0][0]].tolist() == encoder.prompt(conversation)
-    assert "".join(encoder.text.pieces(row.ids.tolist())).count("It has wings.") == 1
+    rows = encoder.encode([conversation])
+    assert learned_texts(encoder, conversation) == [THOUGHT + "<|im_end|>"] * 2
+    for row, place in zip(rows, (1, 3), strict=True):
+        assert row.ids[: row.spans[0][0]].tolist() == encoder.prompt(Conversation(conversation.messages[:place]))
+        assert "".join(encoder.text.pieces(row.ids.tolist())).count("It has wings.") == 1
 
 
-def test_one_rewritten_answer_leaves_the_last_answer_alone_to_learn(tokenizers):
+def test_the_turns_before_a_rewritten_answer_are_learned_without_it(tokenizers):
     tokenizer = tokenizers("qwen2_5")
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "message.content", "('...' if loop.index == 4 and not loop.last else message.content)"
     )
     encoder = encoder_of(tokenizer)
-    assert learned_texts(encoder, talk(2)) == [answer + "<|im_end|>" for answer in ANSWERS[:2]]
-    assert learned_texts(encoder, talk(3)) == [ANSWERS[2] + "<|im_end|>"]
+    for turns, examples in ((2, 1), (3, 2)):
+        written = sorted(answer + "<|im_end|>" for answer in ANSWERS[:turns])
+        assert sorted(learned_texts(encoder, talk(turns))) == written  # the last example has the answers around it
+        assert len(encoder.encode([talk(turns)])) == examples
 
 
-def test_control_strings_in_a_rewritten_row_are_refused_since_they_could_be_the_templates(tokenizers):
-    template = load_template("chat").bound(tokenizers("qwen3"))
-    conversation = talk(2, users=["What is <|im_end|>?", "And?"], answers=[THOUGHT, "An owl."])
-    for make in (template.render, template.prompt):
+def test_control_strings_in_a_rewritten_row_stay_text(tokenizers):
+    tokenizer = tokenizers("qwen3")
+    encoder = encoder_of(tokenizer)
+    special = set(encoder.text.control_tokens.values())
+    plain, typed = (
+        encoder.encode([talk(2, users=[f"What is {word}?", "And?"], answers=[THOUGHT, "An owl."])])
+        for word in ("x", "<|im_end|>")
+    )
+    for one, other in zip(plain, typed, strict=True):
+        assert [i for i in one.ids.tolist() if i in special] == [i for i in other.ids.tolist() if i in special]
+        text = "".join(encoder.text.pieces(one.ids.tolist()))
+        assert "".join(encoder.text.pieces(other.ids.tolist())) == text.replace("What is x", "What is <|im_end|>")
+
+
+def test_control_strings_that_a_template_looks_into_are_refused_since_they_could_be_its_own(tokenizers):
+    tokenizer = tokenizers("qwen2_5")
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "message.content", "(message.content | replace('im_end', 'IM_END'))"
+    )
+    template = load_template("chat").bound(tokenizer)
+    for make in (template.examples, template.prompt):
         with pytest.raises(TemplateError, match=r"^rows\.json:7: .* its texts hold control tokens"):
-            make(conversation)
+            make(talk(1, users=["What is <|im_end|>?"]))
 
 
-def test_a_row_whose_last_prompt_is_rewritten_is_refused(tokenizers):
+def test_a_row_whose_last_prompt_is_rewritten_is_learned_behind_what_is_served(tokenizers):
     tokenizer = tokenizers("qwen2_5")
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "message.content", "(message.content.split('!')[0] if not add_generation_prompt else message.content)"
     )
+    encoder, conversation = encoder_of(tokenizer), talk(1, users=["Hi! You!"])
+    (row,) = encoder.encode([conversation])
+    assert row.ids[: row.spans[0][0]].tolist() == encoder.prompt(conversation)
+    assert "Hi! You!" in "".join(encoder.text.pieces(row.ids.tolist()))
+    bot = "{{ '<|im_start|>bot' if messages | length > 2 and add_generation_prompt }}"  # which no answer follows
+    tokenizer.chat_template += bot
     with pytest.raises(TemplateError, match=r"^rows\.json:7: .* its last prompt is another one; use vicuna or chatml"):
-        load_template("chat").bound(tokenizer).render(talk(1, users=["Hi! You!"]))
+        load_template("chat").bound(tokenizer).examples(talk(2, users=["Hi! You!", "And!"]))
 
 
 # ------------------------------------------------------------------------------------------------- swallowed spaces

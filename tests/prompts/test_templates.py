@@ -94,14 +94,14 @@ def test_substitution_is_one_pass(name):
     assert [fragment.text for fragment in prompt if fragment.control] == [
         fragment.text for fragment in template.prompt(Conversation.of("a", "b")) if fragment.control
     ]
-    answer = template.render(row)[-2:]
+    answer = template.examples(row)[0][-2:]
     assert answer[0].text.strip() == "{output} {input}{eos}"
     assert [fragment.control for fragment in answer] == [False, True]
 
 
 def test_a_row_is_prompt_answer_end():
     template, row = load_template("alpaca"), Conversation.of("I", "", "A")
-    fragments = template.render(row)
+    fragments = template.examples(row)[0]
     assert [(fragment.text, fragment.learned, fragment.control) for fragment in fragments[1:]] == [
         ("A", True, False),
         (EOS, True, True),
@@ -122,7 +122,7 @@ def test_a_document_is_all_learned_and_only_without_a_prompt():
     plain = load_template("plain")
     plain.check(document)
     assert plain.prompt(document) == []
-    assert learned(plain.render(document)) == ["Once upon a time", EOS]
+    assert learned(plain.examples(document)[0]) == ["Once upon a time", EOS]
     with pytest.raises(TemplateError, match=r"book\.json:1: a text without a prompt, which only the template plain"):
         load_template("vicuna").check(document)
 
@@ -140,9 +140,9 @@ def test_vicuna_is_fastchats_v1_1():
     template = load_template("vicuna")
     prompt = "USER: Hi ASSISTANT: Hello.</s>USER: And? ASSISTANT:"
     assert text(template.prompt(TALK)).replace(EOS, "</s>") == VICUNA + prompt
-    assert text(template.render(TALK)).replace(EOS, "</s>") == VICUNA + prompt + " Bye.</s>"
-    assert text(template.render(SYSTEM)).replace(EOS, "</s>") == "Be brief. " + prompt + " Bye.</s>"
-    assert learned(template.render(TALK)) == [" Hello.", EOS, " Bye.", EOS]
+    assert text(template.examples(TALK)[0]).replace(EOS, "</s>") == VICUNA + prompt + " Bye.</s>"
+    assert text(template.examples(SYSTEM)[0]).replace(EOS, "</s>") == "Be brief. " + prompt + " Bye.</s>"
+    assert learned(template.examples(TALK)[0]) == [" Hello.", EOS, " Bye.", EOS]
 
 
 def test_chatml_has_its_own_two_tokens():
@@ -152,10 +152,13 @@ def test_chatml_has_its_own_two_tokens():
         "<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n"
     )
     assert text(template.prompt(TALK)) == turns
-    assert text(template.render(TALK)) == turns + "Bye.<|im_end|>"
-    assert text(template.render(SYSTEM)) == "<|im_start|>system\nBe brief.<|im_end|>\n" + turns + "Bye.<|im_end|>"
-    assert learned(template.render(TALK)) == ["Hello.", "<|im_end|>", "Bye.", "<|im_end|>"]
-    assert {fragment.text for fragment in template.render(SYSTEM) if fragment.control} == {"<|im_start|>", "<|im_end|>"}
+    assert text(template.examples(TALK)[0]) == turns + "Bye.<|im_end|>"
+    assert text(template.examples(SYSTEM)[0]) == "<|im_start|>system\nBe brief.<|im_end|>\n" + turns + "Bye.<|im_end|>"
+    assert learned(template.examples(TALK)[0]) == ["Hello.", "<|im_end|>", "Bye.", "<|im_end|>"]
+    assert {fragment.text for fragment in template.examples(SYSTEM)[0] if fragment.control} == {
+        "<|im_start|>",
+        "<|im_end|>",
+    }
     assert template.stop == "<|im_end|>"
 
 
@@ -168,7 +171,7 @@ def test_the_input_of_a_later_turn_stands_below_its_instruction(name):
 @pytest.mark.parametrize("name", ["vicuna", "chatml"])
 def test_the_last_answer_alone_is_learned_on_demand_with_the_same_runs(name):
     template = load_template(name)
-    every, last = template.render(TALK), template.render(TALK, last_only=True)
+    every, last = template.examples(TALK)[0], template.examples(TALK.learning({3}))[0]
     assert [(fragment.text, fragment.control) for fragment in last] == [
         (fragment.text, fragment.control) for fragment in every
     ]
@@ -178,7 +181,7 @@ def test_the_last_answer_alone_is_learned_on_demand_with_the_same_runs(name):
 @pytest.mark.parametrize("name", ["vicuna", "chatml"])
 def test_every_prompt_is_what_stands_before_the_answer_run_by_run(name):
     template = load_template(name)
-    fragments = [(fragment.text, fragment.control) for fragment in template.render(SYSTEM)]
+    fragments = [(fragment.text, fragment.control) for fragment in template.examples(SYSTEM)[0]]
     for asked in (2, 4):
         prompt = [
             (fragment.text, fragment.control) for fragment in template.prompt(Conversation(SYSTEM.messages[:asked]))
@@ -294,8 +297,8 @@ def test_ones_own_template_with_literal_braces(tmp_path):
 def test_what_stands_before_the_end_token_is_learned_and_what_stands_behind_it_is_not():
     fields = GOOD | {"turn": "{instruction} R:", "end": "\n<|end|>|{eos}", "control": ["<|end|>"]}
     template = template_from_json(fields, "", "")
-    assert text(template.render(TALK)) == "Hi R:Hello.\n<|end|>|{eos}And? R:Bye.\n<|end|>"
-    assert learned(template.render(TALK)) == ["Hello.\n", "<|end|>", "Bye.\n", "<|end|>"]
+    assert text(template.examples(TALK)[0]) == "Hi R:Hello.\n<|end|>|{eos}And? R:Bye.\n<|end|>"
+    assert learned(template.examples(TALK)[0]) == ["Hello.\n", "<|end|>", "Bye.\n", "<|end|>"]
     assert template.stop == "<|end|>"
 
 

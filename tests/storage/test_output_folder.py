@@ -14,6 +14,7 @@ from command import refused, run
 from folders import another_process_holds, contents, save
 
 from lora_alpaca.errors import FolderError
+from lora_alpaca.storage import atomic
 from lora_alpaca.storage.output_folder import INNER_LOCK, LEFTOVERS, RECORD, OutputFolder
 
 WEIGHTS = "adapter_model.safetensors"
@@ -169,15 +170,42 @@ def test_what_is_published_replaces_ours_and_nothing_else(out, record, overwrite
     assert {path.name for path in out.parent.iterdir()} == {"out", *(["out.1"] if record and not overwrite else [])}
 
 
-def test_a_stage_that_a_crash_left_is_emptied(out):
-    with OutputFolder(out).staging() as stage:
-        pass
-    stage.mkdir()
-    (stage / "half").write_text("x")
-    (stage / INNER_LOCK).write_text("as earlier versions left it")
+def test_what_is_published_is_never_seen_empty(out, monkeypatch):
+    """A kill between making the folder and the rename would leave an empty one."""
+    moved = []
+    rename = atomic.rename
+    monkeypatch.setattr(atomic, "rename", lambda one, other: moved.append(os.path.lexists(other)) or rename(one, other))
+    folder = OutputFolder(out)
+    with folder.staging() as stage:
+        (stage / RECORD).write_text(json.dumps(FINISHED))
+        folder.publish(stage, overwrite=False)
+    assert moved == [False]
+    assert folder.record == FINISHED
+
+
+@pytest.mark.parametrize("version", ["0.1", "this"])
+def test_what_a_killed_export_left_beside_the_folder_is_removed(out, version):
+    """And nothing that only looks like it."""
+    if version == "this":
+        process = os.fork()
+        if not process:
+            with OutputFolder(out).staging() as stage:
+                (stage / "model.safetensors").write_text("half")
+                os._exit(0)
+        os.waitpid(process, 0)
+        (stage,) = out.parent.glob(".out.partial-*")
+    else:
+        stage = out.with_name(".out.partial")
+        stage.mkdir()
+        (stage / "model.safetensors").write_text("half")
+        (stage / INNER_LOCK).write_text("as earlier versions left it")
+    theirs = out.with_name(".out.partial-0123456789ab"), out.with_name(".other.partial")
+    for folder in theirs:
+        folder.mkdir()
+        (folder / "notes.doc").write_text("mine")
     with OutputFolder(out).staging() as stage:
         assert contents(stage) == {}
-    assert contents(out.parent) == {"out": ""}
+    assert {path.name for path in out.parent.iterdir()} == {"out", *(folder.name for folder in theirs)}
 
 
 def test_an_error_of_the_disk_names_the_folder(out):

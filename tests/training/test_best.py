@@ -15,7 +15,7 @@ def options(tiny_llama, data_path, tmp_path):
     return {
         "base_model": str(tiny_llama), "data_path": str(data_path), "output_dir": str(tmp_path / "out"),
         "batch_size": 4, "max_steps": 9, "save_steps": 1, "save_total_limit": 1, "eval_steps": 1, "val_set_size": 4,
-        "learning_rate": 1.0, "warmup_steps": 9, "cutoff_len": 128, "dtype": "fp32", "load_8bit": False,
+        "learning_rate": 0.2, "warmup_steps": 9, "cutoff_len": 128, "dtype": "fp32", "load_8bit": False,
     }  # fmt: skip
 
 
@@ -57,6 +57,17 @@ def test_a_run_that_resumes_into_another_folder_takes_it_along(whole, options, t
     changes = {"output_dir": str(elsewhere), "resume_from_checkpoint": str(whole[0] / "checkpoint-8")}
     finetune(FinetuneConfig(**options | changes))
     assert same(elsewhere, whole[0])
+
+
+def test_a_run_that_resumes_from_a_finished_one_takes_it_along(whole, options, tmp_path):
+    """The finished run is set aside, and its checkpoints with it."""
+    finished = tmp_path / "finished"
+    shutil.copytree(whole[0], finished)
+    changes = {"output_dir": str(finished), "resume_from_checkpoint": str(finished / "checkpoint-8")}
+    result = finetune(FinetuneConfig(**options | changes))
+    assert result.best_step == whole[1]
+    assert same(finished, whole[0])
+    assert same(tmp_path / "finished.1", whole[0])
 
 
 def test_where_it_is_lost_that_is_said_and_another_one_is_found(whole, options, tmp_path, capsys):

@@ -79,16 +79,17 @@ def gradients(folder, rows, micro_batch_size, token_budget=None, **options):
 
 
 def reference(folder, rows):
-    """Return the same from plain transformers and PEFT: one padded batch, mean loss over its labels."""
+    """Return the same from plain transformers and PEFT in fp64: one padded batch, mean loss over its labels."""
     config = FinetuneConfig(**OPTIONS)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     examples = Encoder.for_prompts(tokenizer, load_template("alpaca_short")).encode(rows)
-    model = with_adapter(folder, choose_device(config)[0])
+    model = with_adapter(folder, choose_device(config)[0]).double()
     longest = max(len(example.ids) for example in examples)
     filled = [[*e.ids.tolist(), *[0] * (longest - len(e.ids))] for e in examples]
     labels = [[*e.labels, *[-100] * (longest - len(e.labels))] for e in examples]
     mask = [[1] * len(e.ids) + [0] * (longest - len(e.ids)) for e in examples]
-    loss = model(input_ids=torch.tensor(filled), attention_mask=torch.tensor(mask), labels=torch.tensor(labels)).loss
+    logits = model(input_ids=torch.tensor(filled), attention_mask=torch.tensor(mask)).logits
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), torch.tensor(labels)[:, 1:].flatten())
     loss.backward()
     return torch.cat([p.grad.flatten() for p in lora.trainable_parameters(model)]), loss.item()
 

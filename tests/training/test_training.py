@@ -1,6 +1,7 @@
 """The main job on a tiny model: what it saves, what it says, how it resumes."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from lora_alpaca.distributed.world import World
 from lora_alpaca.errors import AdapterError, CheckpointError, ConfigError, DataError, ModelError
 from lora_alpaca.planning.plan import Plan
 from lora_alpaca.storage import output_folder
+from lora_alpaca.training.trackers import Tracker
 
 
 @pytest.fixture
@@ -42,7 +44,7 @@ def test_the_adapter_folder_remembers_everything(options, tmp_path):
     }  # fmt: skip
     record = json.loads((folder / "lora_alpaca.json").read_text())
     assert record["status"] == "finished"
-    assert record["base_model"] == options["base_model"]
+    assert record["base_model"] == Path(options["base_model"]).name
     assert record["template"]["prompt_input"].endswith("### Response:\n")
     assert record["options"]["learning_rate"] == 1e-2
     assert record["options"]["lora_r"] == 8
@@ -227,6 +229,19 @@ def test_init_adapter_that_is_missing(options):
 
 def test_cutoff_beyond_the_model(options):
     assert "takes at most" in error_line(run("finetune", *flags(options | {"cutoff_len": 100_000})), 2)
+
+
+def test_a_tracker_writes_through_no_link(tmp_path):
+    pytest.importorskip("tensorboard")
+    said = []
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "out").symlink_to(tmp_path / "theirs")
+    config = FinetuneConfig(report_to="tensorboard", output_dir=str(tmp_path / "out"))
+    Tracker(config, True, said.append).start(None)
+    where = tmp_path / "out" / "out"
+    assert said == [f"warning: --report_to tensorboard: {where} is a symbolic link; going on without it"]
+    assert list((tmp_path / "theirs").iterdir()) == []
 
 
 def test_tensorboard(options, tmp_path):

@@ -1,1 +1,1 @@
-"""Bytes to raw rows, strictly: `text` decodes and counts lines, `json_rows` reads JSON, `files` every kind of file."""
+"""Bytes to raw rows, strictly: `sources` finds files, `files` reads them, `text` decodes, `json_rows` reads JSON."""

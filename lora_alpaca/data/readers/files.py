@@ -4,22 +4,21 @@ A reader yields (number, value) one by one, so that a file of any size can be re
 or .csv file and the position in the list elsewhere, from 1. A value is a `Bad` where this row alone is spoilt.
 """
 
-import csv
-import gzip
-import io
 import logging
 import re
-import sys
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 from lora_alpaca.data.readers import text
 from lora_alpaca.data.readers.json_rows import Bad, NumberedRows, read_json
+from lora_alpaca.data.readers.tables import read_table
+from lora_alpaca.data.readers.unpacking import unpacked
 from lora_alpaca.errors import DataError
 
-SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+Note = Callable[[str], None]
 
 
 def suffix(path: Path) -> str:
@@ -29,11 +28,14 @@ def suffix(path: Path) -> str:
     return kind if kind in SUFFIXES else ""
 
 
-def read_file(path: Path) -> NumberedRows:
-    """Yield the rows of a .json, .jsonl, .csv or .parquet file, .gz or not. DataError is about the file as a whole."""
+def read_file(path: Path, note: Note = lambda line: None) -> NumberedRows:
+    """Yield the rows of a file of one of SUFFIXES, .gz or not. DataError is about the file as a whole.
+
+    `note` is called with lines on what is good to know, without the file's name.
+    """
     try:
         with _opened(path) as file:
-            yield from _READERS[suffix(path)](file, str(path))
+            yield from _READERS[suffix(path)](file, str(path), note)
     except (OSError, EOFError, zlib.error) as error:  # the last two: of a .gz that is cut short or damaged
         raise DataError(f"{path}: {getattr(error, 'strerror', None) or _first_line(error)}") from None
 
@@ -42,58 +44,49 @@ def _opened(path: Path) -> BinaryIO:
     if not path.is_file():
         there = path.exists() or path.is_symlink()
         raise DataError(f"{path}: " + ("not a regular file" if there else "no such file"))
-    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else open(path, "rb")  # type: ignore[return-value]
+    file = open(path, "rb")  # noqa: SIM115  # the caller closes it
+    return unpacked(file, str(path)) if path.suffix.lower() == ".gz" else file
 
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def _read_csv(file: BinaryIO, path: str) -> NumberedRows:
-    """Yield the records of a table with a header; every value is text."""
-    csv.field_size_limit(sys.maxsize)
-    text.begin(file, path)
-    reader, line = csv.reader((line for _, line in text.lines(file, path)), strict=True), 1
-    header: list[str] = []
-    try:
-        for record in reader:
-            if record and not header:
-                header = record
-                if len(set(header)) < len(header):
-                    raise DataError(f"{path}: the header has a column name twice: {', '.join(map(repr, header))}")
-            elif record and len(record) != len(header):
-                yield line, Bad(f"{len(record)} columns, and the header has {len(header)}")
-            elif record:
-                yield line, dict(zip(header, record, strict=True))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(f"{path}:{line}: not CSV: {str(error).partition(' - ')[0]}") from None
-    if not header:
-        raise DataError(f"{path}: the file is empty, it contains 0 rows")
+def _read_json(file: BinaryIO, path: str, note: Note) -> NumberedRows:
+    return read_json(file, path)
 
 
-def _read_parquet(file: BinaryIO, path: str) -> NumberedRows:
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        table = pyarrow.parquet.ParquetFile(io.BytesIO(file.read()) if isinstance(file, gzip.GzipFile) else file)
-        for batch in table.iter_batches(batch_size=1000):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
-    except (pyarrow.ArrowException, ValueError) as error:  # ValueError: of a text that is not UTF-8, for example
-        after = f", after row {number}" if number else ""
-        raise DataError(f"{path}: not a Parquet file that can be read{after} ({_first_line(error)})") from None
+def _read_document(file: BinaryIO, path: str, note: Note) -> NumberedRows:
+    """Yield the one row of a file of plain text: the document that it is, exactly as it stands there."""
+    document = text.whole(file, path)
+    yield 1, {"text": document} if document.strip() else Bad("the file is empty")
 
 
-_READERS: dict[str, Callable[[BinaryIO, str], NumberedRows]] = {
-    ".json": read_json,
-    ".jsonl": read_json,
-    ".csv": _read_csv,
+def _read_parquet(file: BinaryIO, path: str, note: Note) -> NumberedRows:
+    from lora_alpaca.data.readers import arrow_rows  # pyarrow takes a while to import
+
+    return arrow_rows.read_parquet(file, path, note)
+
+
+def _read_arrow(file: BinaryIO, path: str, note: Note) -> NumberedRows:
+    from lora_alpaca.data.readers import arrow_rows
+
+    return arrow_rows.read_arrow(file, path, note)
+
+
+_READERS: dict[str, Callable[[BinaryIO, str, Note], NumberedRows]] = {
+    ".json": _read_json,
+    ".jsonl": _read_json,
+    ".ndjson": _read_json,
+    ".csv": read_table,
+    ".tsv": partial(read_table, usual="\t"),
     ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+    ".txt": _read_document,
+    ".md": _read_document,
 }
+SUFFIXES = tuple(_READERS)
+DOCUMENTS = (".txt", ".md")
 
 _HUB = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(:(?P<config>[^:@]*))?(:(?P<split>[^@]+))?(@(?P<revision>.+))?")
 

@@ -20,6 +20,9 @@ _BLANK = " \t\r\n"  # what JSON takes for white space
 _GAP = re.compile(r"[ \t\r\n]*")
 _COMMA = re.compile(r"[ \t\r\n]*,?[ \t\r\n]*")
 _LONGEST_WORD = 16  # characters in which a number, an escape or a word that the window cuts may look like another one
+_LARGE = 8 << 20  # characters of a row whose values are counted before it is read
+_MOST_VALUES = 4_000_000  # of a row; each takes up to 70 bytes in memory, and an empty list two in a file
+_TEXT = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _OBJECT = 1 << 26  # bytes; an object over several lines is recognised up to this size
 
 
@@ -31,7 +34,10 @@ class Bad:
 
 
 def read_json(file: BinaryIO, path: str) -> NumberedRows:
-    """Yield the rows of a JSON array or of JSON lines, told apart by the first character, whatever the suffix says."""
+    """Yield the rows of a JSON array or of JSON lines, told apart by their beginning, whatever the suffix says.
+
+    Lines that are lists of messages, one conversation a line, begin like an array, but the first is one by itself.
+    """
     text.begin(file, path)
     start, first = file.tell(), b""
     while not first and (data := file.read(text.CHUNK)):
@@ -39,7 +45,20 @@ def read_json(file: BinaryIO, path: str) -> NumberedRows:
     if not first:
         raise DataError(f"{path}: the file is empty, it contains 0 rows")
     file.seek(start)
-    yield from _read_array(file, path) if first == b"[" else _read_lines(file, path)
+    is_array = first == b"["
+    if is_array and (line := file.readline(text.CHUNK)).endswith(b"\n"):
+        is_array = not _is_conversation(line) or file.read(1) != b"["
+    file.seek(start)
+    yield from _read_array(file, path) if is_array else _read_lines(file, path)
+
+
+def _is_conversation(line: bytes) -> bool:
+    """Return whether a line is a whole list of messages."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return all(isinstance(turn, dict) and {"role", "from"} & turn.keys() for turn in value)
 
 
 class _Decoder(json.JSONDecoder):
@@ -89,6 +108,7 @@ def _read_lines(file: BinaryIO, path: str) -> NumberedRows:
     for number, line in text.lines(file, path):
         line = line.rstrip(_BLANK)
         if line:
+            _check_values(line, path, number)
             yield number, _decoded(decoder, line, file if first else None, path)
             first = False
 
@@ -120,6 +140,12 @@ def _refuse_one_object(line: str, file: BinaryIO, path: str) -> None:
     raise DataError(f"{path}: one object ({keys}), not a list of rows; write [{{...}}, {{...}}], or one row on a line")
 
 
+def _check_values(value: str, path: str, number: int) -> None:
+    """Raise DataError for a large row, or beginning of one, that would take many times its size in memory."""
+    if len(value) > _LARGE and sum(map(_TEXT.sub("", value).count, ",[{")) > _MOST_VALUES:
+        raise DataError(f"{path}:{number}: this row has more than {_MOST_VALUES:,} values; divide it, or leave it out")
+
+
 # ----------------------------------------------------------------------------------------------------------- array
 
 
@@ -127,14 +153,15 @@ def _read_array(file: BinaryIO, path: str) -> NumberedRows:
     """Yield the values of a JSON array without holding more of it than the value at hand."""
     window, decoder, number = Window(file, path), _Decoder(), 0
     while "[" not in window.text:
-        window.more()
+        window.offset = len(window.text)
+        window.more(1)
     window.offset = window.text.index("[") + 1
     while True:
         gap = (_COMMA if number else _GAP).match(window.text, window.offset)
         assert gap is not None  # it may be empty
         start = gap.end()
         if _is_cut(window, start):
-            window.more()
+            window.more(number + 1)
             continue
         closed, comma = window.text.startswith("]", start), "," in gap[0]
         if closed and not comma:
@@ -148,14 +175,17 @@ def _read_array(file: BinaryIO, path: str) -> NumberedRows:
             value, end = decoder.raw_decode(window.text, start)
         except json.JSONDecodeError as error:
             if _is_cut(window, len(window.text) if error.msg.startswith("Unterminated string") else error.pos):
-                window.more()
+                _check_values(window.text[start:], path, number + 1)
+                window.more(number + 1)
                 continue
             raise _broken(window, error.pos, path, number + 1, error.msg) from None
         except RecursionError:
             raise DataError(f"{path}:{number + 1}: nested too deeply") from None
         if _is_cut(window, end):
-            window.more()
+            window.more(number + 1)
             continue
+        if end - start > text.MAX_ROW // 4:
+            window.check(window.text[start:end], number + 1)
         window.offset = end
         number += 1
         yield number, value
@@ -171,7 +201,7 @@ def _refuse_more(window: Window, offset: int, path: str) -> None:
     window.offset = offset
     while not window.ended and not window.text[window.offset :].strip(_BLANK):
         window.offset = len(window.text)
-        window.more()
+        window.more(0)
     if rest := window.text[window.offset :].strip(_BLANK):
         line, column = window.position(window.text.index(rest[0], window.offset))
         raise DataError(f"{path}: not JSON at line {line}, column {column}: more stands after the list")

@@ -1,0 +1,1 @@
+"""The way in: old adapters, pickled bases and Meta's checkpoints made what is read here."""

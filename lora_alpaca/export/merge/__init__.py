@@ -1,0 +1,1 @@
+"""What adapters change of a base, and the tensors that come of it."""

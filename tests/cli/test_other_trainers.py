@@ -1,0 +1,182 @@
+"""Flags of other trainers are answered by ours, all at once; the answers are a command that we take."""
+
+import pytest
+from command import refused
+
+from lora_alpaca.cli.flags import parse
+from lora_alpaca.cli.help import type_name
+from lora_alpaca.cli.verbs import VERBS
+from lora_alpaca.config import FinetuneConfig
+from lora_alpaca.config.other_trainers import ACCUMULATION, ANY, PER_DEVICE, TABLE, Missing, Omit, translate
+from lora_alpaca.errors import ConfigError
+
+OURS = FinetuneConfig.model_fields
+
+STANFORD_ALPACA = """
+    --model_name_or_path org/7b --data_path rows.json --bf16 True --output_dir out --num_train_epochs 3
+    --per_device_train_batch_size 4 --per_device_eval_batch_size 4 --gradient_accumulation_steps 8
+    --evaluation_strategy no --save_strategy steps --save_steps 2000 --save_total_limit 1 --learning_rate 2e-5
+    --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine --logging_steps 1 --fsdp full_shard auto_wrap
+    --fsdp_transformer_layer_cls_to_wrap LlamaDecoderLayer --tf32 True
+"""
+COLOSSALAI = """
+    --pretrain /path/to/7b --model llama --strategy colossalai_zero2 --save_path out --dataset rows.json
+    --batch_size 4 --accimulation_steps 8 --lr 2e-5 --max_datasets_size 512 --max_epochs 1 --lora_rank 8
+"""
+TRL = """
+    --model_name_or_path org/7b --dataset_name org/rows --learning_rate 2.0e-4 --num_train_epochs 1 --packing
+    --per_device_train_batch_size 2 --gradient_accumulation_steps 8 --gradient_checkpointing --eval_strategy steps
+    --max_seq_length 1024 --logging_steps 25 --eval_steps 100 --use_peft --lora_r 32 --lora_alpha 16
+    --lora_target_modules all-linear --torch_dtype bfloat16 --load_in_4bit --push_to_hub
+"""
+LLAMA_FACTORY = """
+    --stage sft --do_train --model_name_or_path org/7b --dataset rows.json --dataset_dir data --template alpaca
+    --finetuning_type lora --lora_target q_proj,v_proj --output_dir out --overwrite_cache --overwrite_output_dir
+    --cutoff_len 1024 --preprocessing_num_workers 16 --per_device_train_batch_size 2 --gradient_accumulation_steps 8
+    --lr_scheduler_type cosine --logging_steps 50 --warmup_steps 20 --save_steps 100 --eval_steps 50 --val_size 0.1
+    --evaluation_strategy steps --load_best_model_at_end --learning_rate 5e-5 --num_train_epochs 5.0 --plot_loss
+    --fp16 --quantization_bit 8 --flash_attn auto --lora_dropout 0.1 --deepspeed ds.json
+"""
+AXOLOTL = """
+    --base_model org/7b --adapter qlora --sequence_len 2048 --sample_packing True --lora_r 16 --lora_target_linear true
+    --gradient_accumulation_steps 4 --micro_batch_size 2 --num_epochs 3 --optimizer adamw_torch --lr_scheduler cosine
+    --bf16 auto --flash_attention true
+"""
+
+
+def ours_of(command):
+    """Return the words that the answer to a command line of another trainer proposes, with those it has from us."""
+    flags, words = {}, command.split()
+    while words:
+        name = words.pop(0).removeprefix("--")
+        value = []
+        while words and not words[0].startswith("--"):
+            value.append(words.pop(0))
+        flags[name] = " ".join(value) or "True"
+    found = translate(flags, OURS, 1)
+    proposed = dict(zip(found.words[::2], found.words[1::2], strict=True))
+    kept = {f"--{name}": value for name, value in flags.items() if name in OURS}
+    return found, [word for pair in (kept | proposed).items() for word in pair]
+
+
+@pytest.mark.parametrize("command", [STANFORD_ALPACA, COLOSSALAI, TRL, LLAMA_FACTORY])
+def test_a_tutorial_is_answered_in_one_line_by_a_command_that_we_take(command):
+    line = refused("finetune", *command.split())
+    found, words = ours_of(command)
+    assert not found.unknown
+    assert line == f"error: flags of other trainers: {'; '.join(found.sentences)}"
+    config = parse(FinetuneConfig, words)
+    assert config.base_model
+    assert config.num_epochs == 3 or command != STANFORD_ALPACA
+
+
+def test_what_a_tutorial_means_is_what_we_are_told():
+    config = parse(FinetuneConfig, ours_of(STANFORD_ALPACA)[1])
+    assert (config.batch_size, config.micro_batch_size, config.learning_rate) == (32, 4, 2e-5)
+    assert (config.dtype, config.val_set_size, config.lr_scheduler) == ("bf16", 0, "cosine")
+    config = parse(FinetuneConfig, ours_of(COLOSSALAI)[1])
+    assert (config.base_model, config.data_path, config.num_epochs) == ("/path/to/7b", "rows.json", 1)
+    assert (config.batch_size, config.micro_batch_size, config.lora_r, config.output_dir) == (32, 4, 8, "out")
+    config = parse(FinetuneConfig, ours_of(LLAMA_FACTORY)[1])
+    assert (config.load_8bit, config.overwrite, config.dtype, config.val_set_size) == (True, True, "fp16", 0.1)
+
+
+def test_what_there_is_none_of_is_said():
+    line = refused("finetune", "--fsdp", "full_shard auto_wrap", "--deepspeed", "ds.json", "--tf32", "True")
+    assert "--fsdp full_shard auto_wrap: none yet (every device holds the whole base" in line
+    assert "--deepspeed ds.json: none yet (" in line
+    assert "--tf32 True: none yet (" in line
+
+
+@pytest.mark.parametrize("steps", ACCUMULATION)
+@pytest.mark.parametrize("rows", PER_DEVICE)
+def test_rows_per_device_and_accumulation_are_one_batch(rows, steps, monkeypatch):
+    said = "is --micro_batch_size 4 --batch_size 32 (4 x 8 x 1 device: the rows of a step, over all devices)"
+    assert f"--{rows} 4 --{steps} 8 {said}" in refused("finetune", f"--{rows}", 4, f"--{steps}", 8)
+    found = translate({rows: "4", steps: "8"}, OURS, 3)
+    assert found.words == ["--micro_batch_size", "4", "--batch_size", "96"]
+    assert found.sentences == [found.sentences[0]] and "(4 x 8 x 3 devices: " in found.sentences[0]
+    assert "--micro_batch_size 4 --batch_size 4 (4 x 1 device: " in refused("finetune", f"--{rows}", 4)
+    assert f"--{steps} 8: leave it out (it is --batch_size by " in refused("finetune", f"--{steps}", 8)
+    assert "--micro_batch_size is the rows of a forward pass" in refused("finetune", f"--{rows}", "auto")
+
+
+def test_our_own_rows_of_a_pass_count_too():
+    found = translate({"micro_batch_size": "2", "gradient_accumulation_steps": "4"}, OURS, 1)
+    assert found.words == ["--micro_batch_size", "2", "--batch_size", "8"]
+
+
+EXAMPLES = {"--learning_rate": "1e-4", "--max_grad_norm": "1.0", "--val_set_size": "0.1", "--data_path": "rows.json",
+            "--lora_target_modules": "q_proj", "--columns": "text=body"}  # fmt: skip
+
+
+def answers():
+    for name, answer in TABLE.items():
+        for value, one in answer.items() if isinstance(answer, dict) else [(ANY, answer)]:
+            yield pytest.param(name, "something" if value == ANY else value, one, id=f"{name}={value}")
+
+
+@pytest.mark.parametrize(("name", "value", "answer"), list(answers()))
+def test_every_answer_of_the_table_is_true_of_our_flags(name, value, answer):
+    """A flag that it names is one of a command's, and a value that it names is taken."""
+    assert isinstance(answer, (str, Omit, Missing))
+    text = answer if isinstance(answer, str) else answer[0]
+    known = set().union(*(verb.config.model_fields for verb in VERBS.values()))
+    assert {word.strip(",:;.").removeprefix("--") for word in text.split() if word.startswith("--")} <= known
+    if not isinstance(answer, str):
+        return
+    flag, _, rest = answer.partition(" ")
+    config_class = next(verb.config for verb in VERBS.values() if flag.removeprefix("--") in verb.config.model_fields)
+    if name in config_class.model_fields:
+        return  # answered where another command has it
+    if "{}" in rest:
+        is_switch = type_name(config_class, flag[2:]).startswith(("true", "auto"))
+        value = EXAMPLES.get(flag) or ("True" if is_switch else "64")
+    found = translate({name: value}, config_class.model_fields, 1)
+    assert len(found.words) == 2 and not found.unknown
+    assert parse(config_class, found.words).is_set(flag.removeprefix("--"))
+
+
+def test_no_flag_of_ours_is_in_the_table():
+    assert set(TABLE) & set(OURS) == {"prompt_template_name"}  # which generate calls otherwise
+
+
+def test_what_nobody_knows_is_said_beside_what_is_known():
+    line = refused("finetune", "--num_train_epochs", "3", "--learnig_rate", "1", "--seed", "1")
+    assert line == (
+        "error: flags of other trainers: --num_train_epochs 3 is --num_epochs 3; "
+        "unknown flag --learnig_rate; did you mean --learning_rate?"
+    )
+    assert "unknown flag --flash_attention" in refused("finetune", *AXOLOTL.split())
+
+
+def test_a_program_gets_the_same_answer():
+    with pytest.raises(ConfigError) as error:
+        FinetuneConfig(num_train_epochs=3, learning_rate=7, gradient_accumulation_steps=2, micro_batch_size=4)
+    assert str(error.value) == (
+        "flags of other trainers: --micro_batch_size 4 --gradient_accumulation_steps 2 is --micro_batch_size 4 "
+        "--batch_size 8 (4 x 2 x 1 device: the rows of a step, over all devices); --num_train_epochs 3 is "
+        "--num_epochs 3; --learning_rate 7: input should be less than or equal to 1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("verb", "words", "said"),
+    [
+        ("export", ["--resume"], "--resume is a flag of finetune only"),
+        ("generate", ["--resume"], "--resume is a flag of finetune only"),
+        ("generate", ["--lora_r", "3"], "--lora_r is a flag of finetune only"),
+        ("show", ["--temperature", "1"], "--temperature is a flag of generate and evaluate only"),
+        ("finetune", ["--prompt_template", "alpaca"], "--prompt_template alpaca is --prompt_template_name alpaca"),
+        ("generate", ["--prompt_template_name", "alpaca"], "--prompt_template_name alpaca is --prompt_template alpaca"),
+        ("generate", ["--model_name_or_path", "x"], "--model_name_or_path x is --base_model x"),
+        ("generate", ["--peft_model", "x"], "--peft_model x is --lora_weights x"),
+        ("export", ["--save_path", "x"], "--save_path x is --output_dir x"),
+        ("generate", ["--do_train"], "unknown flag --do_train"),
+        ("finetune", ["--lora_target_modules", "q_proj", "v_proj"], "a list has commas: --lora_target_modules NAME"),
+        ("finetune", ["--resume", "--resume"], "--resume is given twice"),
+        ("finetune", ["--num-train-epochs", "1"], "--num_train_epochs 1 is --num_epochs 1"),
+    ],
+)  # fmt: skip
+def test_flags_of_other_commands(verb, words, said):
+    assert said in refused(verb, *words)
