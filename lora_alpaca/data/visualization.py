@@ -52,6 +52,7 @@ def show(config: ShowConfig) -> None:
         coloured = "NO_COLOR" not in os.environ and (sys.stdout.isatty() or "FORCE_COLOR" in os.environ)
         print(*(_in_terminal(row, coloured) for row in of_rows), sep="\n\n")
         return
+    atomic.remove_hidden(target.parent, of=target.name, locked=False)
     atomic.replace(target, page(visible(title), of_rows).encode())
     print(f"{len(of_rows)} rows written to {visible(str(target))}")
 

@@ -42,6 +42,7 @@ class AnswerFile:
         with self._disk_errors_named():
             try:
                 with atomic.locked(self.real.with_name(f".{self.real.name}.lock")):
+                    atomic.remove_hidden(self.real.parent, of=self.run_file.name)  # of a process that was killed
                     yield
             except BlockingIOError as error:
                 raise self.error(

@@ -268,6 +268,20 @@ def test_twenty_kills(options: dict[str, Any], tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_what_a_kill_left_of_the_record_is_removed(options: dict[str, Any], tmp_path: Path) -> None:
+    """Which is a moment that twenty random ones hardly ever hit."""
+
+    def killed_while_it_writes() -> None:
+        with atomic.hidden_folder(tmp_path / "out.jsonl.run.json") as hidden:
+            atomic.write(hidden / "out.jsonl.run.json", b"{")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.waitpid(copied(killed_while_it_writes, tmp_path / "log"), 0)
+    assert list(tmp_path.glob(".out.jsonl.run.json.partial-*"))
+    answered(options)
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_two_at_the_same_time_are_refused(options: dict[str, Any], no_model_loads: None) -> None:
     path = Path(options["output_file"])
     with atomic.locked(path.with_name(".out.jsonl.lock")):
