@@ -81,7 +81,7 @@ def gradient(rows: Any) -> dict[str, Any]:
     from lora_alpaca.engine.reference import Reference, computing_in
 
     class InFp32(Reference):
-        def losses(self, batch: Any) -> torch.Tensor:
+        def compute(self, batch: Any) -> torch.Tensor:
             logits = self.model(**batch.inputs(), use_cache=False).logits.flatten(0, 1)
             return F.cross_entropy(logits.index_select(0, batch.indices).float(), batch.labels, reduction="none")
 

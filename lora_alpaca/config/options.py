@@ -73,6 +73,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Dtype = Annotated[Literal["auto", "bf16", "fp16", "fp32"], BeforeValidator(lower)]
 Device = Annotated[Literal["auto", "cuda", "mps", "cpu"], BeforeValidator(lower)]
 Engine = Annotated[Literal["auto", "packed", "padded"], BeforeValidator(lower)]
+Layers = Annotated[str, BeforeValidator(lower), Field(pattern=r"^(all|top:[1-9]\d{0,3})$")]
 AutoBool = Annotated[Literal["auto", "true", "false"], BeforeValidator(lambda value: str(value).lower())]
 
 

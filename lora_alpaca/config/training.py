@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import BeforeValidator, model_validator
 
 from lora_alpaca.config.environment import world_size
-from lora_alpaca.config.options import AutoBool, Engine, Finite, Names, Targets, lower, option
+from lora_alpaca.config.options import AutoBool, Engine, Finite, Layers, Names, Targets, lower, option
 from lora_alpaca.config.shared import ADAPTER_DIR, DEMO, DataOptions, ModelOptions
 from lora_alpaca.errors import ConfigError
 from lora_alpaca.storage.paths import user_path
@@ -103,7 +103,15 @@ class FinetuneConfig(DataOptions, ModelOptions):
         auto="a tenth of all, at most 100",
         ge=0,
     )
-    weight_decay: Finite = option(0.0, "training", "AdamW weight decay of the LoRA parameters.", ge=0)
+    warmup_ratio: Finite | None = option(
+        None,
+        "training",
+        "Share of the steps in which the rate rises, instead of --warmup_steps.",
+        auto="none",
+        ge=0,
+        le=1,
+    )
+    weight_decay: Finite = option(0.0, "training", "Weight decay of what is trained.", ge=0)
     max_grad_norm: Finite = option(1.0, "training", "Gradients are scaled down to this norm; 0 turns it off.", ge=0)
     group_by_length: bool = option(
         False, "training", "Put rows of like length into one batch: less padding. Packs have none, and do not need it."
@@ -141,6 +149,51 @@ class FinetuneConfig(DataOptions, ModelOptions):
         decides="engine",
     )
     seed: int = option(42, "training", "Seed of the split, the order, the initial weights and dropout.", ge=0, lt=2**32)
+
+    tune: Literal["lora", "full"] = option(
+        "lora",
+        "training",
+        "What is trained: a LoRA adapter on the frozen base, or the weights of the base.",
+        decides="shape",
+    )
+    layers: Layers = option(
+        "all",
+        "training",
+        "Which layers are trained, or get the adapter: all, or top:N for the last N.",
+        decides="shape",
+    )
+    layer_parts: Literal["all", "mlp"] = option(
+        "all",
+        "training",
+        "With --tune full --layers top:N, what of these layers: all, or their MLPs.",
+        decides="shape",
+    )
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = option(
+        "adamw",
+        "training",
+        "adamw; adamw_8bit, its moments in 8 bits; or adafactor, which keeps means of rows and columns.",
+        decides="shape",
+    )
+
+    shard: Literal["auto", "none", "grads", "full"] = option(
+        "auto",
+        "devices",
+        "Spread the weights over the devices (FSDP2): full gathers a layer when it computes, grads keeps it gathered "
+        "until its backward; auto is full where the base does not fit on one device.",
+        decides="engine",
+    )
+    shard_size: int | None = option(
+        None,
+        "devices",
+        "Devices that share one copy of the weights; further ones hold copies of their own.",
+        unit="devices",
+        auto="all devices",
+        ge=1,
+        decides="engine",
+    )
+    offload: Literal["none", "cpu"] = option(
+        "none", "devices", "With --shard, keep the shards in the host's memory: cpu.", decides="engine"
+    )
 
     lora_r: int = option(8, "LoRA", "Rank of the adapter.", ge=1, decides="shape")
     lora_alpha: Finite = option(16, "LoRA", "Scale of the adapter: the update is multiplied by alpha / r.", gt=0)
@@ -271,6 +324,12 @@ class FinetuneConfig(DataOptions, ModelOptions):
         ):
             if name not in ("", DEMO) and user_path(name).exists() and _holds(self.output_dir, name):
                 raise ConfigError(f"--output_dir {self.output_dir} is, or holds, --{flag} {name}; name another folder")
+        if self.warmup_ratio is not None and self.warmup_steps is not None:
+            raise ConfigError("--warmup_ratio and --warmup_steps exclude each other; leave one out")
+        if self.layer_parts != "all" and (self.tune != "full" or self.layers == "all"):
+            raise ConfigError(f"--layer_parts {self.layer_parts} is for --tune full --layers top:N")
+        if self.shard == "none" and (self.offload != "none" or self.shard_size):
+            raise ConfigError("--offload and --shard_size are for sharded weights: --shard full, or grads")
         self.micro_batch(world_size())
         return self
 

@@ -1,24 +1,35 @@
 """How a model is spread over the ranks, and how their gradients become one.
 
-`Replicated` is the one implementation: every rank holds the whole model, and one sum per step joins the gradients.
-Gradients are of losses that are divided by the labels of the whole optimizer batch, so they are summed, not averaged.
+With `Replicated`, every rank holds the whole model, and one sum per step joins the gradients; `fsdp.Sharded` spreads
+the weights. Gradients are of losses that are divided by the labels of the whole optimizer batch, so they are summed,
+not averaged.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
 
 from lora_alpaca.distributed.world import World
+from lora_alpaca.engine import ModelAccess, WholeModel
+from lora_alpaca.models.base import Base, load_base
+from lora_alpaca.models.device import DeviceSpec
 from lora_alpaca.models.trainable import State, Trainable
 
+Prepare = Callable[[Any], Any]  # base to model: attaches an adapter, or marks the parameters that learn
 
-class Strategy(Protocol):
-    """What a training step asks of the ranks; every rank calls every method."""
 
-    def prepare(self, model: Any) -> Any:
-        """Return the model, spread over the ranks."""
+class Strategy(ModelAccess, Protocol):
+    """What training asks of the ranks; every rank calls every method.
+
+    Where `spreads_state`, no rank alone holds what is trained, and every rank takes part when it is saved.
+    """
+
+    spreads_state: bool
+
+    def load(self, base: Base, spec: DeviceSpec, prepare: Prepare) -> tuple[Any, list[str]]:
+        """Return the model that `prepare` makes of a base, spread over the ranks, and notes."""
 
     def accumulate(self, is_last: bool) -> AbstractContextManager[None]:
         """Return the context of a backward pass; only the last one of a step may communicate."""
@@ -36,15 +47,18 @@ class Strategy(Protocol):
         """Put whole tensors into the model."""
 
 
-class Replicated:
+class Replicated(WholeModel):
     """Every rank holds the whole model. Gradients and scalars of a step are summed in one message."""
+
+    spreads_state = False
 
     def __init__(self, world: World):
         self._world = world
 
-    def prepare(self, model: Any) -> Any:
-        """Return the model as it is."""
-        return model
+    def load(self, base: Base, spec: DeviceSpec, prepare: Prepare) -> tuple[Any, list[str]]:
+        """Return the whole model, and notes on weights that were left out."""
+        model, notes = load_base(base, spec)
+        return prepare(model), notes
 
     def accumulate(self, is_last: bool) -> AbstractContextManager[None]:
         """Return a context that does nothing: a backward pass does not communicate."""

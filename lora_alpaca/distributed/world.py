@@ -5,6 +5,7 @@ The model is never wrapped here. The one message of a training step is a `strate
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -98,6 +99,11 @@ class World:
     def least(self, number: int) -> int:
         """Return the least of the numbers of all ranks."""
         return min(self._gather(number))
+
+    def largest(self, number: float) -> float:
+        """Return the largest of the numbers of all ranks, NaN if one of them is NaN."""
+        numbers = self._gather(number)
+        return math.nan if any(map(math.isnan, numbers)) else max(numbers)
 
     def all_equal(self, value: str) -> bool:
         """Return whether every rank has the same value."""

@@ -2,11 +2,13 @@
 
 `fitting` makes a model ready to train: `patches` replaces its layers, `equivalence` compares packs with single rows,
 which `reference` computes. `engines` compute the losses of `batches`, packed (`packing`, `attention`) or padded;
-`loss`, `pointwise` and `int8_linear` are our layers, `allocator` keeps buffers.
+`loss`, `pointwise` and `int8_linear` are our layers, `allocator` keeps buffers. They reach a model through
+`model_access`, since its weights may be spread over ranks.
 """
 
 from lora_alpaca.engine.batches import Batch
 from lora_alpaca.engine.engines import Engine, Packed, Padded
 from lora_alpaca.engine.fitting import EngineChoices, fitted
+from lora_alpaca.engine.model_access import ModelAccess, WholeModel
 
-__all__ = ["Batch", "Engine", "EngineChoices", "Packed", "Padded", "fitted"]
+__all__ = ["Batch", "Engine", "EngineChoices", "ModelAccess", "Packed", "Padded", "WholeModel", "fitted"]

@@ -4,7 +4,7 @@ Both give the same losses and the same gradients; a pack has no padding in it, a
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from lora_alpaca.data.examples import Example
 from lora_alpaca.engine.batches import Batch, micro_batches, pad
 from lora_alpaca.engine.loss import ChunkedCrossEntropy, PieceLoss, cross_entropy
+from lora_alpaca.engine.model_access import ModelAccess, WholeModel
 from lora_alpaca.engine.packing import pack, packs
 
 LEAST_BUDGET = 64  # tokens; packs of less hold single rows anyway
@@ -24,6 +25,7 @@ class Engine:
     model: Any  # with a PEFT adapter
     device: torch.device
     piece_loss: PieceLoss | None
+    access: ModelAccess = field(default_factory=WholeModel, kw_only=True)
     name: ClassVar[Literal["packed", "padded"]]
 
     @property
@@ -32,7 +34,24 @@ class Engine:
         raise NotImplementedError
 
     def batches(self, examples: Sequence[Example], rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-        """Yield a rank's share of some examples, on the device."""
+        """Yield a rank's share of some examples, on the device.
+
+        In lockstep, a rank with fewer batches than another computes a row more, which weighs nothing.
+        """
+        own = self.shares(examples, rank, world_size)
+        for rows in own:
+            yield self.batch(examples, rows)
+        if self.access.in_lockstep:
+            for _ in range(len(self.shares(examples, 0, world_size)) - len(own)):
+                idle = self.batch(examples, [min(range(len(examples)), key=lambda row: len(examples[row].ids))])
+                yield replace(idle, weights=torch.zeros_like(idle.weights))
+
+    def shares(self, examples: Sequence[Example], rank: int, world_size: int) -> list[list[int]]:
+        """Return the rows of each of a rank's batches, by their places among the examples; rank 0 has the most."""
+        raise NotImplementedError
+
+    def batch(self, examples: Sequence[Example], rows: Sequence[int]) -> Batch:
+        """Return some of the examples as a batch, on the device."""
         raise NotImplementedError
 
     def smaller(self) -> "Engine | None":
@@ -45,6 +64,10 @@ class Engine:
 
     def losses(self, batch: Batch) -> torch.Tensor:
         """Return the cross-entropy of every prediction of a batch, fp32 [T]; `batch.sum_by_row` sums it by row."""
+        return self.access.call(self.compute, batch)
+
+    def compute(self, batch: Batch) -> torch.Tensor:
+        """Return the losses, with the weights of the model in reach."""
         if self.piece_loss is None:
             logits = self.model(**batch.inputs(), use_cache=False).logits.flatten(0, 1)  # [tokens, V]
             return cross_entropy(logits.index_select(0, batch.indices), batch.labels)
@@ -77,10 +100,13 @@ class Packed(Engine):
         """Return this engine with half the token budget; a single row is a pack however small that is."""
         return replace(self, token_budget=self.token_budget // 2) if self.token_budget > LEAST_BUDGET else None
 
-    def batches(self, examples: Sequence[Example], rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-        """Yield every `world_size`-th pack of the examples."""
-        for rows in packs(examples, self.token_budget, self.share_prefix)[rank::world_size]:
-            yield replace(pack([examples[row] for row in rows], self.share_prefix, self.device), rows=rows)
+    def shares(self, examples: Sequence[Example], rank: int, world_size: int) -> list[list[int]]:
+        """Return every `world_size`-th pack of the examples."""
+        return packs(examples, self.token_budget, self.share_prefix)[rank::world_size]
+
+    def batch(self, examples: Sequence[Example], rows: Sequence[int]) -> Batch:
+        """Return some of the examples as a pack."""
+        return replace(pack([examples[row] for row in rows], self.share_prefix, self.device), rows=list(rows))
 
 
 @dataclass(frozen=True)
@@ -103,7 +129,10 @@ class Padded(Engine):
         """Return this engine with micro-batches of half the size."""
         return replace(self, micro_batch_size=self.micro_batch_size // 2) if self.micro_batch_size > 1 else None
 
-    def batches(self, examples: Sequence[Example], rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-        """Yield a rank's rows, every `world_size`-th, as micro-batches."""
-        for rows in micro_batches(range(len(examples)), self.micro_batch_size, rank, world_size):
-            yield replace(pad([examples[row] for row in rows], self.pad_id, self.device), rows=rows)
+    def shares(self, examples: Sequence[Example], rank: int, world_size: int) -> list[list[int]]:
+        """Return a rank's rows, every `world_size`-th, as micro-batches."""
+        return micro_batches(range(len(examples)), self.micro_batch_size, rank, world_size)
+
+    def batch(self, examples: Sequence[Example], rows: Sequence[int]) -> Batch:
+        """Return some of the examples, padded."""
+        return replace(pad([examples[row] for row in rows], self.pad_id, self.device), rows=list(rows))

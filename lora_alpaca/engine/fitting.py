@@ -31,6 +31,7 @@ from lora_alpaca.engine.equivalence import (
     sample,
 )
 from lora_alpaca.engine.learning import require_learning
+from lora_alpaca.engine.model_access import ModelAccess, WholeModel
 from lora_alpaca.engine.reference import Reference
 from lora_alpaca.errors import ModelError
 from lora_alpaca.models import memory
@@ -57,13 +58,16 @@ def fitted(
     examples: Sequence[Example],
     precision: Precision,
     is_proven: bool = False,
+    access: ModelAccess | None = None,
 ) -> Iterator[tuple[Engine, list[str]]]:
     """Yield the engine of a model, and notes about it; when the context ends, the model is as it was before.
 
-    What is proven, by the run that is resumed, is not compared again. Raises ModelError where packs were asked for and
-    the model cannot take them, and for modules of the adapter that cannot learn.
+    What is proven, by the run that is resumed, is not compared again. Without `access`, this rank holds the model
+    whole. Raises ModelError where packs were asked for and the model cannot take them, and for modules of the adapter
+    that cannot learn.
     """
     begun, notes = time.perf_counter(), []
+    access = access or WholeModel()
     if spec.device.type == "cpu":
         keep_large_buffers()
     base = model.get_base_model()
@@ -74,17 +78,17 @@ def fitted(
             notes.append(f"torch.compile fails here ({reason}); going on without it, only slower")
     was_training = model.training
     model.eval()  # layers and packs are compared without dropout
-    alone = Reference(model, spec.device, None, 1, pad_id)
-    packed = Packed(model, spec.device, None, choices.token_budget, choices.share_prefix)
+    alone = Reference(model, spec.device, None, 1, pad_id, access=access)
+    packed = Packed(model, spec.device, None, choices.token_budget, choices.share_prefix, access=access)
     rows = [] if is_proven else sample(examples)
     reason, said = "", list[str]()
     if choices.engine != "padded":
         reason, said = _compare_slice(packed, alone, rows, spec.dtype)  # before our layers are in the model
     with ExitStack() as patched:
         with precision():  # layers are compared in the precision of the run
-            patched.enter_context(patches.patched(base, spec.dtype, functions))
-            piece_loss = functions.piece_loss if patches.has_plain_head(base) else None
-        padded = Padded(model, spec.device, piece_loss, choices.micro_batch_size, pad_id)
+            patched.enter_context(patches.patched(base, spec.dtype, functions, access))
+            piece_loss = functions.piece_loss if patches.has_plain_head(base, access) else None
+        padded = Padded(model, spec.device, piece_loss, choices.micro_batch_size, pad_id, access=access)
         expected = _expected(alone, replace(padded, micro_batch_size=1), rows, precision)
         engine: Engine = padded
         if choices.engine != "padded":

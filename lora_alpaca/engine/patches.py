@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from lora_alpaca.engine import attention
 from lora_alpaca.engine.int8_linear import int8_forward
+from lora_alpaca.engine.model_access import ModelAccess, WholeModel
 from lora_alpaca.engine.pointwise import Pointwise
 from lora_alpaca.models import quantization
 
@@ -20,9 +21,12 @@ Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
 @contextmanager
-def patched(model: torch.nn.Module, dtype: torch.dtype, pointwise: Pointwise) -> Iterator[None]:
+def patched(
+    model: torch.nn.Module, dtype: torch.dtype, pointwise: Pointwise, access: ModelAccess | None = None
+) -> Iterator[None]:
     """Within this context, our layers replace those of a model, where they compute the same."""
     same: dict[Any, bool] = {}  # one test serves all modules of a kind
+    access = access or WholeModel()
     with ExitStack() as undo:
         for module in list(model.modules()):
             if hasattr(module, "cast_input_dtype_enabled") and dtype != torch.float32:
@@ -40,7 +44,8 @@ def patched(model: torch.nn.Module, dtype: torch.dtype, pointwise: Pointwise) ->
                 continue
             kind = (type(module), *(tuple(parameter.shape) for parameter in module.parameters()))
             if kind not in same:
-                same[kind] = _computes_the_same(module, ours, expected, dtype, tolerance)
+                with access.gathered(module):
+                    same[kind] = _computes_the_same(module, ours, expected, dtype, tolerance)
             if same[kind]:
                 set_until(undo, module, "forward", ours)
         yield
@@ -62,16 +67,21 @@ def packed_attention(model: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
-def has_plain_head(model: Any) -> bool:
+def has_plain_head(model: Any, access: ModelAccess | None = None) -> bool:
     """Return whether a model's logits are its last hidden states times a frozen matrix, and nothing else."""
     head = model.get_output_embeddings()
     weight = getattr(head, "weight", None)
     if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.requires_grad:
         return False
     ids = torch.arange(4, device=weight.device)[None] % weight.shape[0]
-    hidden = model.base_model(input_ids=ids, use_cache=False)[0]
-    expected = model(input_ids=ids, use_cache=False).logits
-    return hidden.shape[-1] == weight.shape[-1] and torch.equal(F.linear(hidden, weight).float(), expected.float())
+
+    def is_a_product(ids: torch.Tensor) -> torch.Tensor:
+        hidden, weight = model.base_model(input_ids=ids, use_cache=False)[0], head.weight
+        expected = model(input_ids=ids, use_cache=False).logits
+        same = hidden.shape[-1] == weight.shape[-1] and torch.equal(F.linear(hidden, weight).float(), expected.float())
+        return torch.tensor(same)
+
+    return bool((access or WholeModel()).call(is_a_product, ids))
 
 
 def _norm(module: Any, pointwise: Pointwise) -> Forward | None:

@@ -17,6 +17,7 @@ from lora_alpaca.engine.engines import Padded
 from lora_alpaca.engine.loss import cross_entropy
 from lora_alpaca.engine.patches import set_until
 from lora_alpaca.models import quantization
+from lora_alpaca.models.layers import decoder_layers
 
 FEWEST = 2  # layers of a slice: one to make an error, and one to pass it on
 
@@ -25,7 +26,7 @@ FEWEST = 2  # layers of a slice: one to make an error, and one to pass it on
 class Reference(Padded):
     """Rows through the library's own forward, with a loss in fp64, whose own error is a millionth of any limit."""
 
-    def losses(self, batch: Batch) -> torch.Tensor:
+    def compute(self, batch: Batch) -> torch.Tensor:
         """Return the cross-entropy of every prediction of a batch, [T]."""
         logits = self.model(**batch.inputs(), use_cache=False).logits.flatten(0, 1)  # [tokens, V]
         logits, labels = logits.index_select(0, batch.indices), batch.labels
@@ -41,7 +42,7 @@ def first_layers(model: Any) -> Iterator[int]:
     Yield how many these are.
     """
     config = model.config.get_text_config()
-    name, layers = _layers(model, config.num_hidden_layers)
+    name, layers = decoder_layers(model)
     types = getattr(config, "layer_types", None) or [""] * len(layers)
     kinds = [(kind, _kind(layer)) for kind, layer in zip(types, layers, strict=True)]
     count = min(len(layers), max([FEWEST, *(kinds.index(kind) + 1 for kind in kinds)]))
@@ -52,14 +53,6 @@ def first_layers(model: Any) -> Iterator[int]:
         yield count
     finally:
         setattr(parent, attribute, layers)
-
-
-def _layers(model: Any, count: int) -> tuple[str, torch.nn.ModuleList]:
-    """Return the name of a model's list of layers, and that list. Raises NotImplementedError where there is none."""
-    for name, part in model.named_modules():
-        if isinstance(part, torch.nn.ModuleList) and len(part) == count:
-            return name, part
-    raise NotImplementedError("its layers are in no list")
 
 
 def _kind(layer: torch.nn.Module) -> tuple[Any, ...]:

@@ -3,7 +3,7 @@
 import json
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ class Plan(EngineChoices):
     eval_steps: int
     save_steps: int
     gradient_checkpointing: bool = False
+    shard: Literal["none", "grads", "full"] = "none"  # how the weights are spread over the ranks
 
     def __str__(self) -> str:
         return (
@@ -80,6 +81,8 @@ def resolve_steps(config: FinetuneConfig, rows: int, world_size: int) -> Plan:
     """Return the plan for so many rows on so many ranks, its engine still to be chosen."""
     total = config.max_steps or math.ceil(config.num_epochs * steps_per_epoch(rows, config.batch_size))
     warmup = min(100, math.ceil(total / 10)) if config.warmup_steps is None else config.warmup_steps
+    if config.warmup_ratio is not None:
+        warmup = math.ceil(config.warmup_ratio * total)
     return Plan(
         total_steps=total,
         warmup_steps=min(warmup, total),
@@ -118,6 +121,7 @@ def choose_engine(
         engine=config.engine,
         token_budget=token_budget,
         compiled=config.compile == "true" or (config.compile == "auto" and pays),
+        shard="none" if config.shard == "auto" else config.shard,
     )
     short = device.type == "cuda" and estimate_run(plan, config, lengths, size, world_size).activations > 0.7 * free
     recomputes = config.gradient_checkpointing == "true" or (config.gradient_checkpointing == "auto" and short)

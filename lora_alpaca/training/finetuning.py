@@ -4,7 +4,6 @@ from contextlib import ExitStack
 
 from lora_alpaca.artifacts.run_record import RunResult
 from lora_alpaca.config import FinetuneConfig
-from lora_alpaca.distributed.strategy import Replicated
 from lora_alpaca.distributed.world import World
 from lora_alpaca.engine import fitted
 from lora_alpaca.planning import preflight
@@ -45,12 +44,12 @@ def train(config: FinetuneConfig, rows: RunRows | None = None) -> RunResult:
         preflight.check_disk(start.output_dir, plan, job.config, job.size)
 
         # 4. Model: the first heavy step; its engine and optimizer
-        strategy = Replicated(world)
-        trainable, notes = setup.load(job, plan)
+        strategy = setup.strategy(job.config, plan, world)
+        trainable, notes = setup.load(job, plan, strategy)
         log(*notes)
-        model = strategy.prepare(trainable.model)
+        model = trainable.model
         pad_id, proven = job.tokenizer.pad_token_id, start.is_proven
-        fitting = fitted(model, plan, job.spec, pad_id, job.train, world.autocast, proven)
+        fitting = fitted(model, plan, job.spec, pad_id, job.train, world.autocast, proven, strategy)
         engine, notes = resources.enter_context(fitting)
         log(*notes)
         plan.engine = engine.name

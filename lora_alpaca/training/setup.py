@@ -11,14 +11,16 @@ from lora_alpaca.data import cache, held_out, preparation
 from lora_alpaca.data.encoding import Encoder
 from lora_alpaca.data.preparation import Prepared
 from lora_alpaca.data.tokenization import hash_tokenizer
+from lora_alpaca.distributed.strategy import Replicated, Strategy
 from lora_alpaca.distributed.world import World
 from lora_alpaca.errors import DataError
 from lora_alpaca.models import lora
-from lora_alpaca.models.base import load_base, locate_base
+from lora_alpaca.models.base import locate_base
 from lora_alpaca.models.device import as_stored
 from lora_alpaca.models.fingerprint import hash_base
 from lora_alpaca.models.lora import LoraAdapter
 from lora_alpaca.models.tokenizer import load_tokenizer
+from lora_alpaca.models.trainable import Trainable
 from lora_alpaca.planning import preflight
 from lora_alpaca.planning.plan import Plan, fill_defaults
 from lora_alpaca.prompts import fitting_template, load_template
@@ -103,14 +105,29 @@ def _examples(inputs: Inputs, world: World, progress: Progress) -> Prepared:
         return cache.keep(folder, key, prepared)
 
 
-def load(job: Job, plan: Plan) -> tuple[LoraAdapter, list[str]]:
-    """Return the adapter to train, on its base, and notes. This is the first heavy step of a run.
+def strategy(config: FinetuneConfig, plan: Plan, world: World) -> Strategy:
+    """Return how the model of a run is spread over the ranks."""
+    if plan.shard == "none":
+        return Replicated(world)
+    from lora_alpaca.distributed.fsdp import Sharded  # a second of imports that few runs need
 
-    The adapter is a new one, or that of --init_adapter.
+    offloads, trains_base = config.offload == "cpu", config.tune == "full"
+    return Sharded(world, plan.shard == "grads", config.shard_size, offloads, trains_base)
+
+
+def load(job: Job, plan: Plan, strategy: Strategy) -> tuple[Trainable, list[str]]:
+    """Return what is trained, on its base, and notes. This is the first heavy step of a run.
+
+    An adapter is a new one, or that of --init_adapter.
     """
+    torch.manual_seed(job.config.seed)  # the adapter's first weights are the same on every rank
+    model, notes = strategy.load(job.base, job.spec, lambda model: _with_adapter(model, job, plan))
+    return LoraAdapter(model), notes
+
+
+def _with_adapter(model: Any, job: Job, plan: Plan) -> Any:
+    """Return a base with the adapter that is trained."""
     config = job.config
-    torch.manual_seed(config.seed)  # the adapter's first weights are the same on every rank
-    model, notes = load_base(job.base, job.spec)
     if config.init_adapter:
         folder = user_path(config.init_adapter)
         model = adapter_folder.load(model, folder, trainable=True, dropout=config.lora_dropout)
@@ -119,4 +136,4 @@ def load(job: Job, plan: Plan) -> tuple[LoraAdapter, list[str]]:
     if plan.gradient_checkpointing:
         model.enable_input_require_grads()
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    return LoraAdapter(model), notes
+    return model

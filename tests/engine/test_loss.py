@@ -20,10 +20,10 @@ def test_the_losses_and_their_gradient_are_those_of_torch(of_piece, piece_bytes,
     (gradient,) = torch.autograd.grad(expected, hidden, weights.double())
     expected = expected.float()
     found = ChunkedCrossEntropy.apply(hidden, head, labels, of_piece)
-    assert torch.allclose(found, expected)
+    assert torch.allclose(found, expected, atol=1e-6)
     assert torch.allclose(torch.autograd.grad(found, hidden, weights)[0], gradient, atol=1e-5)
     with torch.no_grad():
-        assert torch.allclose(ChunkedCrossEntropy.apply(hidden, head, labels, of_piece), expected)
+        assert torch.allclose(ChunkedCrossEntropy.apply(hidden, head, labels, of_piece), expected, atol=1e-6)
 
 
 def test_hidden_states_that_are_wider_than_what_autocast_computes_in():

@@ -1,0 +1,40 @@
+"""How the engine reaches a model whose weights may be spread over ranks; `WholeModel` is one that this rank holds."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+
+
+class ModelAccess(Protocol):
+    """What the engine asks for. Where ranks compute `in_lockstep`, every rank makes the same calls, in one order."""
+
+    in_lockstep: bool
+
+    def call(self, compute: Callable[[Any], torch.Tensor], batch: Any) -> torch.Tensor:
+        """Return what a forward pass of the model returns for a batch, the weights in reach of it."""
+
+    def gathered(self, module: torch.nn.Module) -> AbstractContextManager[None]:
+        """Return a context in which the weights of one part of the model are plain and whole on every rank."""
+
+    def largest(self, number: float) -> float:
+        """Return the largest of a number that every rank has found, so that all of them decide alike."""
+
+
+class WholeModel:
+    """A model that this rank holds whole."""
+
+    in_lockstep = False
+
+    def call(self, compute: Callable[[Any], torch.Tensor], batch: Any) -> torch.Tensor:
+        """Return what `compute` returns."""
+        return compute(batch)
+
+    def gathered(self, module: torch.nn.Module) -> AbstractContextManager[None]:
+        """Return a context that does nothing."""
+        return nullcontext()
+
+    def largest(self, number: float) -> float:
+        """Return the number."""
+        return number
