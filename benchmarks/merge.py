@@ -35,9 +35,9 @@ def make(folder: Path, layers: int) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-    from lora_alpaca.export.tensors import TensorInfo
-    from lora_alpaca.export.writers.shards import ShardWriter
     from lora_alpaca.models.base import demo_base
+    from lora_alpaca.models.shards import ShardWriter
+    from lora_alpaca.models.weights import TensorInfo
 
     torch.manual_seed(0)
     AutoTokenizer.from_pretrained(demo_base()).save_pretrained(folder / "base")

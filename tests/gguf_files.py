@@ -7,11 +7,12 @@ import gguf
 from safetensors import safe_open
 
 from lora_alpaca.artifacts import adapter_folder, prompt_contract
-from lora_alpaca.export.tensors import ModelFacts, TensorInfo
+from lora_alpaca.export.tensors import ModelFacts
 from lora_alpaca.export.writers.gguf.lora import write_gguf_lora
 from lora_alpaca.export.writers.gguf.writer import GgufWriter
 from lora_alpaca.models.base import locate_base
 from lora_alpaca.models.tokenizer import load_tokenizer
+from lora_alpaca.models.weights import TensorInfo
 from lora_alpaca.prompts import load_template
 
 

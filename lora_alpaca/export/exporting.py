@@ -6,7 +6,7 @@ Cheap failures come first, and nothing stands at the target before all of it is 
 from pathlib import Path
 from typing import Any
 
-from lora_alpaca.artifacts import adapter_folder, privacy, prompt_contract, run_record
+from lora_alpaca.artifacts import adapter_folder, companions, privacy, prompt_contract, run_record
 from lora_alpaca.config import ExportConfig
 from lora_alpaca.errors import AdapterError
 from lora_alpaca.export import hub
@@ -18,12 +18,12 @@ from lora_alpaca.export.proof import merge_receipt
 from lora_alpaca.export.proof.proof import Proof
 from lora_alpaca.export.tensors import ModelFacts, Writer
 from lora_alpaca.export.verify import served_receipt
-from lora_alpaca.export.writers import companions, model_card
+from lora_alpaca.export.writers import model_card
 from lora_alpaca.export.writers.formats import OF_ADAPTERS, WRITERS
-from lora_alpaca.export.writers.hashing import Hashing
-from lora_alpaca.export.writers.shards import as_bytes
 from lora_alpaca.models.memory import gigabytes
+from lora_alpaca.models.shards import as_bytes
 from lora_alpaca.storage import atomic, output_folder
+from lora_alpaca.storage.hashing import Hashing
 from lora_alpaca.storage.output_folder import RECORD, OutputFolder
 from lora_alpaca.storage.paths import files_below
 

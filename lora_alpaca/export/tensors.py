@@ -5,28 +5,16 @@
 Tensors have the names of the base's files, whatever a format calls them.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from lora_alpaca.models.base import Base
+from lora_alpaca.models.weights import TensorInfo
 from lora_alpaca.prompts import AnyTemplate
-
-
-class TensorInfo(NamedTuple):
-    """Dtype and shape of a tensor."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Return the bytes that the tensor takes."""
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Tensors(Protocol):

@@ -1,7 +1,9 @@
 """Files of tensors: safetensors, read and written, and pickles, of which nothing but tensors is read."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +19,18 @@ DTYPES = {  # by their names in safetensors files
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 MOST_VIEWS = 4  # times that a pickle may name what it holds; tied weights are named twice
+
+
+class TensorInfo(NamedTuple):
+    """Dtype and shape of a tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes that the tensor takes."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def weights_damage(path: Path) -> str:

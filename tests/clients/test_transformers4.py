@@ -16,9 +16,9 @@ from conftest import as_row
 from environments import answer
 
 from lora_alpaca import ExportConfig, FinetuneConfig, export_hf, finetune
+from lora_alpaca.artifacts import companions
 from lora_alpaca.artifacts.source import ModelSource
 from lora_alpaca.data.encoding import Encoder
-from lora_alpaca.export.writers import companions
 from lora_alpaca.models.base import locate_base
 from lora_alpaca.models.tokenizer import load_tokenizer
 from lora_alpaca.prompts import Conversation, load_template

@@ -27,8 +27,8 @@ from safetensors.torch import load_file, save_file
 
 from lora_alpaca.errors import LoraAlpacaError
 from lora_alpaca.export.merge.loaded_deltas import open_deltas
-from lora_alpaca.export.tensors import TensorInfo
 from lora_alpaca.models.base import locate_base
+from lora_alpaca.models.weights import TensorInfo
 
 ROOT = Path(__file__).parents[2]
 EXACT = 1e-6  # of a tensor's largest value

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from lora_alpaca.export.tensors import ModelFacts
-from lora_alpaca.export.writers.shards import Shards
 from lora_alpaca.models.base import locate_base
+from lora_alpaca.models.shards import Shards
 
 
 def facts_of(folder: Path) -> tuple[ModelFacts, Shards]:

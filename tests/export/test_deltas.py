@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from lora_alpaca.errors import AdapterError, ExportError
 from lora_alpaca.export.merge.deltas import Deltas
 from lora_alpaca.export.merge.loaded_deltas import LoadedDeltas
-from lora_alpaca.export.tensors import TensorInfo
 from lora_alpaca.models.base import locate_base
+from lora_alpaca.models.weights import TensorInfo
 
 LLAMA, TIED = ARCHITECTURES["Llama"], ARCHITECTURES["Llama, tied"]
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

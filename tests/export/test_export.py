@@ -16,8 +16,8 @@ from lora_alpaca.export.merge.deltas import Deltas
 from lora_alpaca.export.verify import served_receipt
 from lora_alpaca.export.writers.huggingface import HuggingFaceWriter
 from lora_alpaca.export.writers.meta_checkpoint import MetaCheckpointWriter
-from lora_alpaca.export.writers.shards import Shards
 from lora_alpaca.models import lora
+from lora_alpaca.models.shards import Shards
 from lora_alpaca.storage import atomic, output_folder
 from lora_alpaca.storage.output_folder import OutputFolder
 from lora_alpaca.storage.paths import files_below, sha256

@@ -5,11 +5,11 @@ import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
 from lora_alpaca.export.merge.quantised_values import QuantisedValues
-from lora_alpaca.export.writers.shards import Shards
 from lora_alpaca.models import quantization
 from lora_alpaca.models.base import load_base, locate_base, weight_files
 from lora_alpaca.models.device import DeviceSpec
 from lora_alpaca.models.meta import meta_model
+from lora_alpaca.models.shards import Shards
 from lora_alpaca.models.tensor_names import TensorNames
 
 

@@ -9,9 +9,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from lora_alpaca.export.proof.adapted_model import with_adapters
 from lora_alpaca.export.proof.streamed_model import Precision, StreamedModel, _Weights, state_of
-from lora_alpaca.export.writers.shards import Shards
 from lora_alpaca.models.base import locate_base, weight_files
 from lora_alpaca.models.meta import meta_model
+from lora_alpaca.models.shards import Shards
 from lora_alpaca.models.tensor_names import TensorNames
 
 IDS = torch.arange(3, 51).reshape(3, 16)

@@ -14,10 +14,10 @@ from lora_alpaca.export.progress import counting_bytes
 from lora_alpaca.export.writers import meta_format
 from lora_alpaca.export.writers.meta_checkpoint import ORIGINAL, TOKENIZER, MetaTensors, checkpoint_files, read_params
 from lora_alpaca.export.writers.meta_format import EMBEDDINGS, LLAMA_3, SCALED
-from lora_alpaca.export.writers.shards import ShardWriter
 from lora_alpaca.models import meta_tokenizer
 from lora_alpaca.models.memory import gigabytes
 from lora_alpaca.models.meta_tokenizer import MetaTokenizer
+from lora_alpaca.models.shards import ShardWriter
 from lora_alpaca.storage import atomic
 from lora_alpaca.storage.output_folder import OutputFolder
 from lora_alpaca.storage.paths import user_path

@@ -8,12 +8,12 @@ import torch
 
 from lora_alpaca.artifacts import adapter_folder
 from lora_alpaca.errors import ExportError
-from lora_alpaca.export.tensors import TensorInfo
 from lora_alpaca.models.adapter_layers import AdapterLayers, embedding_names
 from lora_alpaca.models.base import Base
 from lora_alpaca.models.changes import Change, NotFinite, Rows, Rule, Whole, merged
 from lora_alpaca.models.meta import meta_model
 from lora_alpaca.models.tensor_names import TensorNames
+from lora_alpaca.models.weights import TensorInfo
 
 
 class NamesDiffer(ExportError):

@@ -11,11 +11,11 @@ import torch
 
 from lora_alpaca.errors import ExportError
 from lora_alpaca.export.merge.deltas import Deltas, NamesDiffer
-from lora_alpaca.export.tensors import TensorInfo
 from lora_alpaca.models.base import Base, load_base
 from lora_alpaca.models.device import DeviceSpec
 from lora_alpaca.models.meta import meta_model
 from lora_alpaca.models.tensor_names import TensorNames
+from lora_alpaca.models.weights import TensorInfo
 
 KEPT = 4  # tensors in memory whose parts are kept: those of one layer are asked for in turns
 

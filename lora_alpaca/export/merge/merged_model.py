@@ -10,9 +10,9 @@ from lora_alpaca.export.merge.loaded_deltas import LoadedDeltas, open_deltas
 from lora_alpaca.export.merge.merged_tensors import MergedTensors
 from lora_alpaca.export.merge.quantised_values import QuantisedValues
 from lora_alpaca.export.tensors import Tensors
-from lora_alpaca.export.writers.shards import Shards
 from lora_alpaca.models.base import weight_files
 from lora_alpaca.models.meta import meta_model
+from lora_alpaca.models.shards import Shards
 from lora_alpaca.models.tensor_names import TensorNames
 
 

@@ -4,7 +4,8 @@ import torch
 
 from lora_alpaca.export.merge.deltas import Deltas
 from lora_alpaca.export.merge.loaded_deltas import LoadedDeltas
-from lora_alpaca.export.tensors import TensorInfo, Tensors
+from lora_alpaca.export.tensors import Tensors
+from lora_alpaca.models.weights import TensorInfo
 
 
 class MergedTensors:

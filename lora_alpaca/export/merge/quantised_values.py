@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from transformers.quantizers.base import get_keys_to_not_convert
 
-from lora_alpaca.export.tensors import TensorInfo, Tensors
+from lora_alpaca.export.tensors import Tensors
 from lora_alpaca.models import quantization
 from lora_alpaca.models.meta import is_linear
+from lora_alpaca.models.weights import TensorInfo
 
 
 class QuantisedValues:

@@ -8,7 +8,7 @@ from lora_alpaca.artifacts import run_record
 from lora_alpaca.artifacts.privacy import published
 from lora_alpaca.export.job import Job
 from lora_alpaca.export.merge.merged_model import MergedModel
-from lora_alpaca.export.writers.shards import NAMES
+from lora_alpaca.models.shards import NAMES
 from lora_alpaca.storage import atomic
 from lora_alpaca.storage.paths import sha256
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from lora_alpaca.export.tensors import ModelFacts, Tensors
-from lora_alpaca.export.writers.shards import Shards, ShardWriter
+from lora_alpaca.models.shards import Shards, ShardWriter
 
 
 class HuggingFaceWriter:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lora_alpaca.errors import ExportError, LoraAlpacaError, ModelError
-from lora_alpaca.export.tensors import ModelFacts, TensorInfo, Tensors
+from lora_alpaca.export.tensors import ModelFacts, Tensors
 from lora_alpaca.export.writers import meta_format
 from lora_alpaca.export.writers.meta_format import (
     COMPUTED,
@@ -24,7 +24,7 @@ from lora_alpaca.export.writers.meta_format import (
 )
 from lora_alpaca.export.writers.torch_file import STORAGES, TorchFileWriter
 from lora_alpaca.models.base import MOST_PARTS, base_file
-from lora_alpaca.models.weights import pickled_tensors
+from lora_alpaca.models.weights import TensorInfo, pickled_tensors
 from lora_alpaca.storage import atomic
 from lora_alpaca.storage.json_files import read_json, require_object
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch._utils import _rebuild_tensor_v2  # by this name torch.load finds what makes a tensor of a storage
 
-from lora_alpaca.export.tensors import TensorInfo
-from lora_alpaca.export.writers.shards import as_bytes
+from lora_alpaca.models.shards import as_bytes
+from lora_alpaca.models.weights import TensorInfo
 from lora_alpaca.storage.handles import NO_LINK
 
 STORAGES = {

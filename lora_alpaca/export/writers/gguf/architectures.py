@@ -14,8 +14,8 @@ import gguf
 import torch
 
 from lora_alpaca.errors import ModelError
-from lora_alpaca.export.tensors import TensorInfo
 from lora_alpaca.models.base import Base
+from lora_alpaca.models.weights import TensorInfo
 
 _LEFT_OUT = re.compile(r"(\.attention\.(masked_)?bias|\.attn\.(masked_)?bias|\.rotary_emb\.inv_freq)$")  # no weights
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")

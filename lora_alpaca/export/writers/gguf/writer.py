@@ -16,7 +16,7 @@ import torch
 from gguf import GGMLQuantizationType, LlamaFileType
 
 from lora_alpaca.errors import ConfigError, ExportError
-from lora_alpaca.export.tensors import ModelFacts, TensorInfo, Tensors
+from lora_alpaca.export.tensors import ModelFacts, Tensors
 from lora_alpaca.export.writers.gguf import vocabulary
 from lora_alpaca.export.writers.gguf.architectures import (
     Place,
@@ -28,6 +28,7 @@ from lora_alpaca.export.writers.gguf.architectures import (
     notes,
 )
 from lora_alpaca.export.writers.ollama import MODELFILE, modelfile
+from lora_alpaca.models.weights import TensorInfo
 
 CHUNK = 2**22  # values that are quantised at a time
 OF_LLAMA_CPP = {"q6_k": "Q6_K", "q5_k_m": "Q5_K_M", "q4_k_m": "Q4_K_M"}  # that llama.cpp itself quantises

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from lora_alpaca.export.merge.merged_tensors import MergedTensors
-from lora_alpaca.export.tensors import TensorInfo
-from lora_alpaca.export.writers.shards import Shards, ShardWriter, header_of, sharded
+from lora_alpaca.models.shards import Shards, ShardWriter, header_of, sharded
+from lora_alpaca.models.weights import TensorInfo
 
 TENSORS = {
     "long": torch.arange(7),

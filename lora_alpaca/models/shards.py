@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 
-from lora_alpaca.export.tensors import TensorInfo
-from lora_alpaca.export.writers.hashing import Hashing
 from lora_alpaca.models.base import INDEX, ONE_FILE
-from lora_alpaca.models.weights import DTYPES, MappedFile
+from lora_alpaca.models.weights import DTYPES, MappedFile, TensorInfo
 from lora_alpaca.storage import atomic
 from lora_alpaca.storage.handles import NO_LINK
+from lora_alpaca.storage.hashing import Hashing
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 import transformers
 
+from lora_alpaca.artifacts import companions
 from lora_alpaca.artifacts.source import ModelSource
 from lora_alpaca.errors import ModelError
-from lora_alpaca.export.writers import companions
 from lora_alpaca.models.base import locate_base
 from lora_alpaca.models.tokenizer import load_tokenizer
 from lora_alpaca.prompts import load_template
