@@ -1,7 +1,7 @@
 """The options of training."""
 
 import math
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, model_validator
 
@@ -328,10 +328,22 @@ class FinetuneConfig(DataOptions, ModelOptions):
             raise ConfigError("--warmup_ratio and --warmup_steps exclude each other; leave one out")
         if self.layer_parts != "all" and (self.tune != "full" or self.layers == "all"):
             raise ConfigError(f"--layer_parts {self.layer_parts} is for --tune full --layers top:N")
+        if self.tune == "full":
+            self._fit_full_finetuning()
         if self.shard == "none" and (self.offload != "none" or self.shard_size):
             raise ConfigError("--offload and --shard_size are for sharded weights: --shard full, or grads")
         self.micro_batch(world_size())
         return self
+
+    def _fit_full_finetuning(self) -> None:
+        """Raise ConfigError, naming them all, for options that have no meaning where there is no adapter."""
+        fields = type(self).model_fields
+        if lora := [name for name in fields if _group(fields[name]) == "LoRA" and self.is_set(name)]:
+            named = ", ".join(f"--{name}" for name in lora)
+            raise ConfigError(f"--tune full trains the weights themselves, and {named} of an adapter; leave one out")
+        for name in ("load_8bit", "load_4bit"):
+            if getattr(self, name):
+                raise ConfigError(f"--{name} {getattr(self, name)}: what is quantised cannot learn; leave it out")
 
     def micro_batch(self, world_size: int) -> int:
         """Return the rows per forward pass and device, so that `batch_size` comes out exactly on `world_size` devices.
@@ -349,6 +361,10 @@ class FinetuneConfig(DataOptions, ModelOptions):
         parts += (" x " if parts and world_size > 1 else "") + (f"{world_size} devices" if world_size > 1 else "")
         nearest = sorted({max(unit, batch // unit * unit), math.ceil(batch / unit) * unit})
         raise ConfigError(f"--batch_size {batch} is no multiple of {parts}; nearest: {' or '.join(map(str, nearest))}")
+
+
+def _group(field: Any) -> str:
+    return str(field.json_schema_extra["group"])
 
 
 def _holds(folder: str, name: str) -> bool:

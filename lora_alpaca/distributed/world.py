@@ -42,7 +42,8 @@ class World:
         self._heartbeat: Heartbeat | None = None
         if self.world_size > 1:
             self._heartbeat = Heartbeat(self.rank, self.world_size, self.stop, connect(), run_prefix())
-        self.spec, self.notes = choose_device(config, processes.device, default_bits=8)
+        bits = 8 if config.tune == "lora" else 16
+        self.spec, self.notes = choose_device(config, processes.device, default_bits=bits)
         self._accelerator = Accelerator(
             cpu=on_cpu, mixed_precision={torch.bfloat16: "bf16", torch.float16: "fp16"}.get(self.spec.dtype, "no")
         )

@@ -184,6 +184,7 @@ class LoraAdapter:
 
     def __init__(self, model: PeftModel):
         self.model = model
+        self.names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.parameters = trainable_parameters(model)
 
     def state(self) -> State:

@@ -1,6 +1,7 @@
 """What a run is made of: `identify` and `prepare` find all that can fail cheaply, `load` is the first heavy step."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,10 +15,12 @@ from lora_alpaca.data.tokenization import hash_tokenizer
 from lora_alpaca.distributed.strategy import Replicated, Strategy
 from lora_alpaca.distributed.world import World
 from lora_alpaca.errors import DataError
-from lora_alpaca.models import lora
+from lora_alpaca.models import full, lora
 from lora_alpaca.models.base import locate_base
 from lora_alpaca.models.device import as_stored
 from lora_alpaca.models.fingerprint import hash_base
+from lora_alpaca.models.full import FullWeights
+from lora_alpaca.models.layers import check_layers
 from lora_alpaca.models.lora import LoraAdapter
 from lora_alpaca.models.tokenizer import load_tokenizer
 from lora_alpaca.models.trainable import Trainable
@@ -49,6 +52,7 @@ def identify(config: FinetuneConfig, rows: RunRows | None, world: World, start: 
     base = locate_base(config.base_model, config.revision, config.trust_remote_code)
     spec, notes = as_stored(world.spec, base.config, base.name, config)
     log(*notes)
+    check_layers(config.layers, base)
     config, notes = preflight.check_options(config, base)
     log(*notes)
     tokenizer, notes = load_tokenizer(base)
@@ -121,8 +125,14 @@ def load(job: Job, plan: Plan, strategy: Strategy) -> tuple[Trainable, list[str]
     An adapter is a new one, or that of --init_adapter.
     """
     torch.manual_seed(job.config.seed)  # the adapter's first weights are the same on every rank
-    model, notes = strategy.load(job.base, job.spec, lambda model: _with_adapter(model, job, plan))
-    return LoraAdapter(model), notes
+    if job.config.tune == "lora":
+        model, notes = strategy.load(job.base, job.spec, lambda model: _with_adapter(model, job, plan))
+        return LoraAdapter(model), notes
+    stored = job.base.config.get_text_config().dtype or torch.float32  # exact, whatever becomes of it then
+    model, notes = strategy.load(
+        job.base, replace(job.spec, dtype=stored), lambda model: _with_learning_weights(model, job, plan)
+    )
+    return FullWeights(model), notes
 
 
 def _with_adapter(model: Any, job: Job, plan: Plan) -> Any:
@@ -133,7 +143,17 @@ def _with_adapter(model: Any, job: Job, plan: Plan) -> Any:
         model = adapter_folder.load(model, folder, trainable=True, dropout=config.lora_dropout)
     else:
         model = lora.attach(model, config, job.base)
+    return _recomputing(model, plan)
+
+
+def _with_learning_weights(model: Any, job: Job, plan: Plan) -> Any:
+    """Return a base whose own weights are trained, those that --layers and --layer_parts name."""
+    return _recomputing(full.mark_learning(model, job.config, job.spec.dtype), plan)
+
+
+def _recomputing(model: Any, plan: Plan) -> Any:
+    """Return a model that recomputes the activations of its layers, if that is planned."""
     if plan.gradient_checkpointing:
-        model.enable_input_require_grads()
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        model.disable_input_require_grads()  # or nothing would be spared below the first weight that learns
     return model

@@ -19,6 +19,7 @@ from lora_alpaca.engine import Engine
 from lora_alpaca.errors import TrainingError
 from lora_alpaca.models import memory
 from lora_alpaca.models.trainable import State, Trainable
+from lora_alpaca.training import optimizers
 
 LESS = "lower --token_budget or --cutoff_len (with --engine padded, --micro_batch_size)"
 Item = TypeVar("Item")
@@ -57,7 +58,7 @@ class Stepper:
         self.model = engine.model
         self.world = world
         self.parameters = trainable.parameters
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, weight_decay=config.weight_decay)
+        self.optimizer = optimizers.build(config, self.parameters)
         self._strategy = strategy
         self._max_norm = config.max_grad_norm or math.inf
         self._shrinks = config.on_oom == "shrink"
