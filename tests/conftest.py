@@ -47,10 +47,10 @@ from lora_alpaca.prompts import Conversation, load_template  # noqa: E402
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Begin every test with the same random state, so that a test that draws fails always or never."""
-    random.seed(0)
+    random.seed(1)
     for name, seed in (("numpy", "random.seed"), ("torch", "manual_seed")):
         if module := sys.modules.get(name):  # some tests import neither
-            operator.attrgetter(seed)(module)(0)
+            operator.attrgetter(seed)(module)(1)  # not 0, with which `tiny_model` draws
 
 
 # ------------------------------------------------------------------------------------------------------------ rows
