@@ -218,7 +218,7 @@ def losses(task: Task, config: FinetuneConfig, states: States) -> Curve:
             found = {}
             for step in sorted(states):
                 lora.set_state(model, states[step], f"step {step}")
-                found[step] = stepper.evaluate(task.validation)
+                found[step] = stepper.evaluate(task.validation).loss
             return found
 
 

@@ -71,16 +71,21 @@ def label_positions(examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray
 
 
 class Examples(Sequence[Example]):
-    """Many examples in four flat arrays. `examples[n]` is an Example whose ids are a part of them, not a copy.
+    """Many examples in flat arrays. `examples[n]` is an Example whose ids are a part of them, not a copy.
 
     `ids` int32 [tokens] and `starts` int64 [rows + 1] are the rows; `spans` int32 [spans, 2] and `first_spans`
-    int64 [rows + 1] are the learned spans of each row, as positions in the row.
+    int64 [rows + 1] are the learned spans of each row, as positions in the row. `numbers` int32 [rows] says which row
+    of the data each was made of, from 0 over all its files; of a block of documents, the one that it begins in.
     """
 
-    ARRAYS = (("ids", np.int32), ("starts", np.int64), ("spans", np.int32), ("first_spans", np.int64))
+    TOKENS = (("ids", np.int32), ("starts", np.int64), ("spans", np.int32), ("first_spans", np.int64))
+    ARRAYS = (*TOKENS, ("numbers", np.int32))
 
-    def __init__(self, ids: np.ndarray, starts: np.ndarray, spans: np.ndarray, first_spans: np.ndarray):
+    def __init__(
+        self, ids: np.ndarray, starts: np.ndarray, spans: np.ndarray, first_spans: np.ndarray, numbers: np.ndarray
+    ):
         self.ids, self.starts, self.spans, self.first_spans = ids, starts, spans.reshape(-1, 2), first_spans
+        self.numbers = numbers
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -107,18 +112,18 @@ class Examples(Sequence[Example]):
 
     def is_whole(self) -> bool:
         """Return whether the arrays fit together: False for files that were cut short."""
-        rows = len(self.first_spans) == len(self.starts) > 0
+        rows = len(self.first_spans) == len(self.starts) == len(self.numbers) + 1
         return bool(rows and self.starts[-1] == len(self.ids) and self.first_spans[-1] == len(self.spans))
 
     def digest(self) -> str:
         """Return a sha256 of all tokens and of which are learned."""
         found = hashlib.sha256()
-        for key, _ in self.ARRAYS:
+        for key, _ in self.TOKENS:
             found.update(np.ascontiguousarray(getattr(self, key)).tobytes())
         return found.hexdigest()
 
     def save(self, folder: Path, name: str) -> None:
-        """Write the arrays to `folder/name.ids`, `.starts`, `.spans` and `.first_spans`."""
+        """Write the arrays to `folder/name.ids`, `.starts`, and so on."""
         for key, _ in self.ARRAYS:
             getattr(self, key).tofile(folder / f"{name}.{key}")
 
@@ -140,18 +145,23 @@ class Builder:
         self._block = block
         self._ids, self._starts = array("i"), array("q", [0])
         self._spans, self._first_spans = array("i"), array("q", [0])
+        self._numbers, self._number = array("i"), 0  # that of the example under way
 
-    def add(self, row: Example) -> None:
-        """Add a row; in blocks, all of it is learned."""
+    def add(self, row: Example, number: int = 0) -> None:
+        """Add an example of the row of a number; in blocks, all of it is learned."""
+        if len(self._ids) == self._starts[-1]:
+            self._number = number
         self._ids.frombytes(row.ids.tobytes())
         if self._block:
             while len(self._ids) - self._starts[-1] >= self._block:
                 self._end(self._starts[-1] + self._block, [(0, self._block)])
+                self._number = number
         else:
             self._end(len(self._ids), row.spans)
 
     def _end(self, stop: int, spans: Sequence[Span]) -> None:
         self._starts.append(stop)
+        self._numbers.append(self._number)
         for span in spans:
             self._spans.extend(span)
         self._first_spans.append(len(self._spans) // 2)
@@ -161,7 +171,8 @@ class Builder:
         left = len(self._ids) - self._starts[-1]
         if left:
             self._end(len(self._ids), [(0, left)])
-        arrays = zip((self._ids, self._starts, self._spans, self._first_spans), Examples.ARRAYS, strict=True)
+        made = (self._ids, self._starts, self._spans, self._first_spans, self._numbers)
+        arrays = zip(made, Examples.ARRAYS, strict=True)
         return Examples(
             *(np.frombuffer(values, dtype) if values else np.empty(0, dtype) for values, (_, dtype) in arrays)
         )

@@ -111,7 +111,7 @@ class _Preparation:
             self._note(number, conversation, examples)
             part = "validation" if number in self._held_out else "train"
             for kept in examples if self._documents[part] else self._fitted(examples, conversation.where):
-                self._parts[part].add(kept)
+                self._parts[part].add(kept, number)
 
     def _note(self, number: int, conversation: Conversation, examples: list[Example]) -> None:
         statistics, where = self.statistics, conversation.where

@@ -44,7 +44,8 @@ class Engine:
         if self.access.in_lockstep:
             for _ in range(len(self.shares(examples, 0, world_size)) - len(own)):
                 idle = self.batch(examples, [min(range(len(examples)), key=lambda row: len(examples[row].ids))])
-                yield replace(idle, weights=torch.zeros_like(idle.weights))
+                none, pairs = torch.zeros_like(idle.weights), idle.row_index[:0]
+                yield replace(idle, weights=none, row_index=pairs, prediction_index=pairs)
 
     def shares(self, examples: Sequence[Example], rank: int, world_size: int) -> list[list[int]]:
         """Return the rows of each of a rank's batches, by their places among the examples; rank 0 has the most."""

@@ -162,7 +162,7 @@ class Loop:
     def _validate(self) -> None:
         """Measure the validation loss; the adapter with the best one is kept."""
         state = self.state
-        loss = self.stepper.evaluate(self.validation)
+        loss = self.stepper.evaluate(self.validation).loss
         self._record_batch_size()
         state.validated = state.step
         if state.step == 0:

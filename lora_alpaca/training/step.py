@@ -41,6 +41,14 @@ class Step:
         return math.isfinite(self.loss) and (math.isfinite(self.grad_norm) or self.overflow)
 
 
+@dataclass
+class Evaluation:
+    """The losses of some rows: the mean per label, and the sum over the labels of each row, in nats."""
+
+    loss: float
+    by_row: list[float]
+
+
 class Stepper:
     """What is trained, and the optimizer that updates it, on one rank of many."""
 
@@ -128,7 +136,7 @@ class Stepper:
             )
         return total
 
-    def _within_memory(self, compute: Callable[[], float]) -> float:
+    def _within_memory(self, compute: Callable[[], Item]) -> Item:
         """Return what `compute` returns; under --on_oom shrink it is retried with ever smaller batches."""
         while True:
             try:
@@ -145,33 +153,39 @@ class Stepper:
             self.world.reseed()  # the same dropout, however far the attempt came
 
     @torch.no_grad()
-    def evaluate(self, examples: Sequence[Example]) -> float:
-        """Return the mean loss per label over all rows, whatever the number of ranks and the micro-batch.
+    def evaluate(self, examples: Sequence[Example]) -> Evaluation:
+        """Return the losses of rows, whatever the number of ranks and the micro-batch; every rank calls it.
 
-        Raises TrainingError if it is not finite: such an adapter is never the best, and is always reported.
+        Raises TrainingError if they are not finite: such an adapter is never the best, and is always reported.
         """
         self.model.eval()
-        by_length = sorted(examples, key=lambda example: len(example.ids))  # like lengths: little padding
+        order = sorted(range(len(examples)), key=lambda row: len(examples[row].ids))  # like lengths: little padding
+        by_length = [examples[row] for row in order]
         with self.world.stop.interruptible():
-            mean = self._within_memory(lambda: self._mean_loss(by_length))
-        if not math.isfinite(mean):
-            raise TrainingError(f"the validation loss is {mean}; try --dtype fp32, or a lower --learning_rate")
-        return mean
+            totals = self._within_memory(lambda: self._losses(by_length))
+        loss, labels, *sums = totals.tolist()
+        if not math.isfinite(loss):
+            raise TrainingError(f"the validation loss is {loss}; try --dtype fp32, or a lower --learning_rate")
+        return Evaluation(loss / labels, [nats for _, nats in sorted(zip(order, sums, strict=True))])
 
-    def _mean_loss(self, examples: Sequence[Example]) -> float:
-        totals, shortage = torch.zeros(3, dtype=torch.float64), ""  # loss, labels, ranks that are short of memory
+    def _losses(self, examples: Sequence[Example]) -> torch.Tensor:
+        """Return the summed loss, the number of labels, and the summed loss of each row, float64 [2 + rows]."""
+        totals, shortage = torch.zeros(3 + len(examples), dtype=torch.float64), ""  # the last: ranks short of memory
         try:
             for batch in self.engine.batches(examples, self.world.rank, self.world.world_size):
                 with self.world.autocast():
-                    loss = self.engine.loss(batch)
-                totals += torch.tensor([loss.item(), batch.weights.sum().item(), 0], dtype=torch.float64)
+                    losses = self.engine.losses(batch)
+                loss, by_row = (losses * batch.weights).sum(), batch.sum_by_row(losses)
+                totals[:2] += torch.tensor([loss.item(), batch.weights.sum().item()], dtype=torch.float64)
+                totals[2:-1].index_add_(0, torch.tensor(batch.rows), by_row.double().cpu())
         except (RuntimeError, MemoryError) as error:
             shortage = memory.shortage(error)
-            totals = torch.tensor([0, 0, 1], dtype=torch.float64)
-        loss_sum, labels, short = self.world.sum(totals).tolist()
-        if short:
+            totals = torch.zeros_like(totals)
+            totals[-1] = 1
+        totals = self.world.sum(totals)
+        if totals[-1]:
             raise memory.MemoryShortage(shortage or "on another rank")
-        return loss_sum / labels
+        return totals[:-1]
 
     @torch.no_grad()
     def not_finite(self, examples: Sequence[Example]) -> list[int]:

@@ -92,6 +92,18 @@ def test_documents_are_put_end_to_end_and_cut_to_blocks():
     assert all(row.labels == row.ids.tolist() for row in builder.build())
 
 
+def test_a_block_has_the_number_of_the_row_that_it_begins_in():
+    builder = Builder(block=4)
+    for number, length in enumerate((3, 1, 2, 11, 1)):  # blocks of rows 0 and 1; 2 and 3; 3; 3; and 3 and 4
+        builder.add(Example(range(length), []), number)
+    assert builder.build().numbers.tolist() == [0, 2, 3, 3, 3]
+
+
+def test_examples_know_their_rows(prepared):
+    rows = [ROW, ROW | {"output": "x " * 300}, LONG, ROW | {"output": "b"}]
+    assert prepared(rows, overlong="drop").train.numbers.tolist() == [0, 3]
+
+
 # ------------------------------------------------------------------------------------------- what becomes of the rows
 
 

@@ -15,7 +15,7 @@ from lora_alpaca.data.encoding import Encoder
 from lora_alpaca.data.examples import Example
 from lora_alpaca.distributed.strategy import Replicated
 from lora_alpaca.distributed.world import World
-from lora_alpaca.engine import EngineChoices, Padded, fitted
+from lora_alpaca.engine import EngineChoices, Padded, WholeModel, fitted
 from lora_alpaca.errors import TrainingError
 from lora_alpaca.models import lora
 from lora_alpaca.models.base import load_base, locate_base
@@ -156,10 +156,25 @@ def test_the_validation_loss_does_not_depend_on_the_micro_batch(tiny_llama, rows
     examples = Encoder.for_prompts(tokenizer, load_template("alpaca_short")).encode(rows[:9])
     with World(config) as world:
         model = with_adapter(tiny_llama, world.spec)
-        losses = [make_stepper(padded(model, size), world).evaluate(examples) for size in (1, 4, 9)]
+        found = [make_stepper(padded(model, size), world).evaluate(examples) for size in (1, 4, 9)]
         with packed(model, 100) as (engine, _):
-            losses.append(make_stepper(engine, world).evaluate(examples))
-    assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
+            found.append(make_stepper(engine, world).evaluate(examples))
+    assert [one.loss for one in found] == pytest.approx([found[0].loss] * 4, rel=1e-6)
+
+
+def test_the_losses_of_rows_are_in_their_order_and_sum_to_the_validation_loss(tiny_llama, rows):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    examples = Encoder.for_prompts(tokenizer, load_template("alpaca_short")).encode(rows[:9])
+    with World(FinetuneConfig(**OPTIONS)) as world:
+        model = with_adapter(tiny_llama, world.spec)
+        alone = [make_stepper(padded(model, 1), world).evaluate([example]) for example in examples]
+        with packed(model, 100) as (engine, _):
+            found = make_stepper(engine, world).evaluate(examples)
+    labels = [example.num_labels() for example in examples]
+    assert len({len(example.ids) for example in examples}) > 4  # they are not computed in this order
+    assert found.by_row == pytest.approx([one.by_row[0] for one in alone], rel=1e-5)
+    assert found.by_row == pytest.approx([one.loss * count for one, count in zip(alone, labels, strict=True)], rel=1e-5)
+    assert sum(found.by_row) / sum(labels) == pytest.approx(found.loss, rel=1e-6)
 
 
 def test_optimizer_state_comes_back(tiny_llama, rows):
@@ -175,3 +190,14 @@ def test_optimizer_state_comes_back(tiny_llama, rows):
         assert all(torch.equal(tensor, weights[name]) for name, tensor in lora.state(model).items())
     assert state
     assert all(torch.equal(state[name], again.optimizer_state()[name]) for name in state)
+
+
+def test_a_row_that_is_computed_only_to_keep_in_step_has_no_loss():
+    class Lockstep(WholeModel):
+        in_lockstep = True
+
+    engine = Padded(None, torch.device("cpu"), None, 1, pad_id=0, access=Lockstep())
+    examples = [Example([1, 5, 6], [(1, 3)]), Example([1, 5, 6, 7], [(1, 4)]), Example([1, 5], [(1, 2)])]
+    own, idle = engine.batches(examples, rank=1, world_size=2)
+    assert own.sum_by_row(torch.ones(len(own.labels))).tolist() == [3]
+    assert idle.sum_by_row(torch.ones(len(idle.labels))).tolist() == [0]
