@@ -13,6 +13,7 @@ from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.data.examples import IGNORED, Example
 from lora_alpaca.engine import EngineChoices, fitted
 from lora_alpaca.engine.equivalence import difference, loss_and_gradient
+from lora_alpaca.models import full
 from lora_alpaca.models.base import Base
 from lora_alpaca.models.device import DeviceSpec
 from lora_alpaca.models.lora import attach, trainable_parameters
@@ -28,13 +29,10 @@ IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 def make(architecture, lora=None, vocabulary=VOCABULARY, **changes):
     """Return a random model, norms and biases too, with an adapter whose B is not zero; the same at every call."""
-    sizes = (ARCHITECTURES | OTHERS)[architecture] | IDS | changes
-    config = getattr(transformers, f"{architecture}Config")(vocab_size=vocabulary, **sizes)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(config).requires_grad_(False).eval()
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1 if parameter.dim() == 1 else 0.02)
+        model = _random(architecture, vocabulary, changes)
+        config = model.config
         targets = ["x_proj", "in_proj"] if architecture == "Mamba" else ["all-linear"]
         options = {"lora_target_modules": targets, "lora_r": 4, "lora_dropout": 0.0} | (lora or {})
         base = Base(architecture, architecture, None, False, config)
@@ -42,6 +40,23 @@ def make(architecture, lora=None, vocabulary=VOCABULARY, **changes):
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def make_whole(architecture, options=None, vocabulary=VOCABULARY, dtype=torch.float32, **changes):
+    """Return the same random model without an adapter, its own weights learning; the frozen ones are in `dtype`."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = _random(architecture, vocabulary, changes)
+    return full.mark_learning(model, FinetuneConfig(tune="full", **options or {}), dtype)
+
+
+def _random(architecture, vocabulary, changes):
+    sizes = (ARCHITECTURES | OTHERS)[architecture] | IDS | changes
+    config = getattr(transformers, f"{architecture}Config")(vocab_size=vocabulary, **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config).requires_grad_(False).eval()
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.1 if parameter.dim() == 1 else 0.02)
     return model
 
 

@@ -11,9 +11,10 @@ import torch
 
 from lora_alpaca.data.examples import Example
 from lora_alpaca.engine.batches import Batch, micro_batches, pad
-from lora_alpaca.engine.loss import ChunkedCrossEntropy, PieceLoss, cross_entropy
+from lora_alpaca.engine.loss import PieceLoss, cross_entropy, head_losses
 from lora_alpaca.engine.model_access import ModelAccess, WholeModel
 from lora_alpaca.engine.packing import pack, packs
+from lora_alpaca.models.layers import library_model
 
 LEAST_BUDGET = 64  # tokens; packs of less hold single rows anyway
 
@@ -22,7 +23,7 @@ LEAST_BUDGET = 64  # tokens; packs of less hold single rows anyway
 class Engine:
     """A model's forward pass from a batch to its losses. `piece_loss` is None where its head is not only a product."""
 
-    model: Any  # with a PEFT adapter
+    model: Any  # of transformers, or PEFT's with an adapter
     device: torch.device
     piece_loss: PieceLoss | None
     access: ModelAccess = field(default_factory=WholeModel, kw_only=True)
@@ -72,12 +73,10 @@ class Engine:
         if self.piece_loss is None:
             logits = self.model(**batch.inputs(), use_cache=False).logits.flatten(0, 1)  # [tokens, V]
             return cross_entropy(logits.index_select(0, batch.indices), batch.labels)
-        model = self.model.get_base_model()
+        model = library_model(self.model)
         hidden = model.base_model(**batch.inputs(), use_cache=False)[0].flatten(0, 1)  # [tokens, W]
         head = model.get_output_embeddings().weight  # [V, W]
-        predicting = hidden.index_select(0, batch.indices).to(head.dtype)  # [T, W]
-        losses: torch.Tensor = ChunkedCrossEntropy.apply(predicting, head, batch.labels, self.piece_loss)
-        return losses
+        return head_losses(hidden.index_select(0, batch.indices), head, batch.labels, self.piece_loss)
 
 
 @dataclass(frozen=True)

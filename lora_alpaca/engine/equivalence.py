@@ -16,6 +16,7 @@ from lora_alpaca.engine.loss import piece_loss_in_place
 from lora_alpaca.engine.pointwise import Pointwise
 from lora_alpaca.engine.reference import Reference
 from lora_alpaca.models import memory
+from lora_alpaca.models.layers import library_model
 
 EXACT = 1e-4  # the relative error of a gradient that is allowed in fp32
 ROUNDED = 0.1  # and in 16 bits, where rounding alone makes some per cent
@@ -106,7 +107,7 @@ def compare_slice(packed: Packed, alone: Reference, rows: Sequence[Example]) -> 
 
     No layer of ours may be in the model. Raises what the model raises in these precisions, and MemoryShortage.
     """
-    base = packed.model.get_base_model()
+    base = library_model(packed.model)
     with ExitStack() as stack:
         layers = stack.enter_context(reference.first_layers(base))
         _require_memory(

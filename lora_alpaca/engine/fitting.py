@@ -36,6 +36,7 @@ from lora_alpaca.engine.reference import Reference
 from lora_alpaca.errors import ModelError
 from lora_alpaca.models import memory
 from lora_alpaca.models.device import DeviceSpec
+from lora_alpaca.models.layers import library_model
 
 
 @dataclass(kw_only=True)
@@ -70,7 +71,7 @@ def fitted(
     access = access or WholeModel()
     if spec.device.type == "cpu":
         keep_large_buffers()
-    base = model.get_base_model()
+    base = library_model(model)
     functions = pointwise.Pointwise()
     if choices.compiled:
         functions, reason = pointwise.compiled(spec.device, spec.dtype)
@@ -101,7 +102,7 @@ def fitted(
             else:
                 cost = f"{cost_of_padding(packed, padded, examples):.1f} times the tokens, and as much slower"
                 notes.append(f"this model cannot take packs: {reason}; padded rows are {cost}")
-        if rows:
+        if rows and base is not model:  # of a base that learns itself, what no row reaches stays as it was
             notes += require_learning(engine, examples, expected[1], precision)
         notes.append(f"engine: {engine}, ready in {time.perf_counter() - begun:.1f} s")
         model.train(was_training)
@@ -151,7 +152,7 @@ def _try_packs(
     try:
         together = partial(loss_and_gradient, replace(alone, micro_batch_size=max(1, len(rows))), rows, precision)
         with ExitStack() as attempt:
-            attempt.enter_context(patches.packed_attention(packed.model.get_base_model()))
+            attempt.enter_context(patches.packed_attention(library_model(packed.model)))
             if rows:
                 comparison = compare(packed, expected, together, rows, dtype == torch.float32, precision)
                 if not comparison.passed:

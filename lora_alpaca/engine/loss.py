@@ -3,7 +3,7 @@
 Shapes: T predictions, W width of the model, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -52,9 +52,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         """Return the losses as fp32 [T]."""
         losses = torch.empty(len(hidden), device=hidden.device)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        piece = max(1, PIECE_BYTES // (4 * head.shape[0]))
-        for start in range(0, len(hidden), piece):
-            part = slice(start, start + piece)
+        for part in _pieces(hidden, head):
             logits = hidden[part] @ head.t()
             of_labels = logits.gather(1, labels[part, None]).squeeze(1)  # before they are overwritten
             log_sum, by_logits = piece_loss(logits, labels[part])
@@ -71,6 +69,74 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         """Return the gradient by `hidden`; nothing else learns."""
         (grad,) = ctx.saved_tensors
         return grad * by_losses.to(grad.dtype)[:, None], None, None, None
+
+
+class LearningHeadCrossEntropy(torch.autograd.Function):
+    """The losses of T predictions, through a head without a bias that learns.
+
+    What a loss weighs is known in the backward pass alone, and the head's gradient is a sum over predictions, so the
+    logits of a piece are computed again there: a third more work, and nothing of their size is kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,  # [T, W]
+        head: torch.Tensor,  # [V, W]
+        labels: torch.Tensor,  # [T]
+        piece_loss: PieceLoss,
+        dtype: torch.dtype,  # of the products
+    ) -> torch.Tensor:
+        """Return the losses as fp32 [T]."""
+        losses = torch.empty(len(hidden), device=hidden.device)
+        with torch.autocast(hidden.device.type, enabled=False):
+            weight = head.to(dtype)
+            for part in _pieces(hidden, head):
+                logits = hidden[part].to(dtype) @ weight.t()
+                of_labels = logits.gather(1, labels[part, None]).squeeze(1)
+                losses[part] = logits.float().logsumexp(-1) - of_labels
+        ctx.save_for_backward(hidden, head, labels)
+        ctx.piece_loss, ctx.dtype = piece_loss, dtype
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, by_losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
+        """Return the gradients by `hidden` and `head`, the latter summed in fp32."""
+        hidden, head, labels = ctx.saved_tensors
+        largest = by_losses.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+        shares = (by_losses / largest)[:, None]  # at most 1: 16 bits hold them whatever the loss is scaled by
+        by_hidden, by_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=torch.float32)
+        with torch.autocast(hidden.device.type, enabled=False):
+            weight = head.to(ctx.dtype)
+            for part in _pieces(hidden, head):
+                rows = hidden[part].to(ctx.dtype)
+                _, by_logits = ctx.piece_loss(rows @ weight.t(), labels[part])
+                by_hidden[part] = (by_logits @ weight) * by_losses[part, None]
+                weighed = (rows * shares[part]).to(ctx.dtype)
+                if ctx.dtype == torch.float32:
+                    by_head.addmm_(by_logits.t(), weighed)
+                else:
+                    by_head += by_logits.t() @ weighed
+        return by_hidden, by_head.mul_(largest).to(head.dtype), None, None, None
+
+
+def _pieces(hidden: torch.Tensor, head: torch.Tensor) -> Iterator[slice]:
+    """Yield the rows whose logits are in memory at a time."""
+    piece = max(1, PIECE_BYTES // (4 * head.shape[0]))
+    for start in range(0, len(hidden), piece):
+        yield slice(start, start + piece)
+
+
+def head_losses(hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, piece_loss: PieceLoss) -> torch.Tensor:
+    """Return the losses of predictions from hidden states [T, W], through a head [V, W] that is frozen or learns."""
+    losses: torch.Tensor
+    if not head.requires_grad:
+        losses = ChunkedCrossEntropy.apply(hidden.to(head.dtype), head, labels, piece_loss)
+        return losses
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.dtype
+    losses = LearningHeadCrossEntropy.apply(hidden, head, labels, piece_loss, dtype)
+    return losses
 
 
 class CrossEntropy(torch.autograd.Function):

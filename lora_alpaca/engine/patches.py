@@ -3,7 +3,6 @@
 Saving and generating afterwards use the library's own model, unchanged.
 """
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -42,7 +41,7 @@ def patched(
                 tolerance = tolerance if dtype == torch.float32 else 3e-2  # its own products round too
             else:
                 continue
-            kind = (type(module), *(tuple(parameter.shape) for parameter in module.parameters()))
+            kind = (type(module), *((tuple(one.shape), one.dtype, one.requires_grad) for one in module.parameters()))
             if kind not in same:
                 with access.gathered(module):
                     same[kind] = _computes_the_same(module, ours, expected, dtype, tolerance)
@@ -68,10 +67,15 @@ def packed_attention(model: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def has_plain_head(model: Any, access: ModelAccess | None = None) -> bool:
-    """Return whether a model's logits are its last hidden states times a frozen matrix, and nothing else."""
+    """Return whether a model's logits are its last hidden states times a matrix, and nothing else, also when it learns.
+
+    A bias that learns may be zero now, and what PEFT puts around a head that learns is no matrix.
+    """
     head = model.get_output_embeddings()
-    weight = getattr(head, "weight", None)
-    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.requires_grad:
+    weight, bias = getattr(head, "weight", None), getattr(head, "bias", None)
+    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+        return False
+    if (bias is not None and bias.requires_grad) or (weight.requires_grad and type(head) is not torch.nn.Linear):
         return False
     ids = torch.arange(4, device=weight.device)[None] % weight.shape[0]
 
@@ -88,8 +92,6 @@ def _norm(module: Any, pointwise: Pointwise) -> Forward | None:
     """Return a compiled forward for a root mean square norm."""
     rms_norm, epsilon = pointwise.rms_norm, getattr(module, "variance_epsilon", None)
     if rms_norm is None or epsilon is None or not type(module).__name__.endswith("RMSNorm"):
-        return None
-    if module.weight.requires_grad:  # --lora_target_modules may name what is trained besides
         return None
     return lambda x: rms_norm(x.flatten(0, -2), module.weight, epsilon).view(x.shape)
 
@@ -109,8 +111,14 @@ def _dequantised(module: Any) -> Forward:
 
 
 def _in_fp64(module: Any) -> Forward:
-    """Return the forward of a small module in fp64."""
-    return lambda x: copy.deepcopy(module).double()(x.double())
+    """Return the forward of a small module in fp64, which its own weights have a gradient through."""
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        exact = {name: parameter.double() for name, parameter in module.named_parameters()}
+        found: torch.Tensor = torch.func.functional_call(module, exact, (x.double(),))
+        return found
+
+    return forward
 
 
 def _computes_the_same(module: Any, ours: Forward, expected: Forward, dtype: torch.dtype, tolerance: float) -> bool:
@@ -119,10 +127,11 @@ def _computes_the_same(module: Any, ours: Forward, expected: Forward, dtype: tor
     width = getattr(module, "in_features", None) or getattr(module, "hidden_size", None) or weight.shape[-1]
     draw = torch.Generator().manual_seed(0)  # the global random state must not change
     x = torch.randn(1, 4, width, generator=draw).to(weight.device, dtype).requires_grad_()
+    learning = [weight] if weight.requires_grad and weight.dim() == 1 else []  # of a norm; a product is the library's
     try:
         y = expected(x)
         by_y = torch.randn(y.shape, generator=draw).to(y.device, dtype)
-        pairs = ((out, *torch.autograd.grad(out, x, by_y.to(out.dtype))) for out in (ours(x), y))
+        pairs = ((out, *torch.autograd.grad(out, [x, *learning], by_y.to(out.dtype))) for out in (ours(x), y))
         found, wanted = pairs
     except Exception:  # a module that only looks like the one we know
         return False

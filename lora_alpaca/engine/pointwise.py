@@ -28,6 +28,17 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
     return weight * exact.to(x.dtype)
 
 
+def rms_norm_gradients(
+    by_y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradients by `x` and by the weight, the latter summed over the rows in fp32."""
+    exact, by_normed = x.float(), (by_y * weight).float()
+    scale = torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + epsilon)  # [N, 1]
+    normed = exact * scale
+    by_x = (scale * (by_normed - normed * (by_normed * normed).mean(-1, keepdim=True))).to(x.dtype)
+    return by_x, (by_y.float() * normed.to(x.dtype).float()).sum(0).to(weight.dtype)
+
+
 def rms_norm_gradient(
     by_y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, epsilon: float
 ) -> tuple[torch.Tensor, None]:
@@ -83,7 +94,7 @@ def made_by(make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Pointwi
     """Return all the functions, each first given to `make`."""
     return Pointwise(
         piece_loss=make(piece_loss),
-        rms_norm=_differentiable(make(rms_norm), make(rms_norm_gradient)),
+        rms_norm=_differentiable(make(rms_norm), make(rms_norm_gradient), make(rms_norm_gradients)),
         silu_gate=_differentiable(make(silu_gate), make(silu_gate_gradient)),
     )
 
@@ -102,8 +113,11 @@ def _compile_once(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _differentiable(function: Tensors, gradient: Gradients) -> Tensors:
-    """Return a function of two tensors and constants that autograd differentiates by `gradient`."""
+def _differentiable(function: Tensors, gradient: Gradients, learning: Gradients | None = None) -> Tensors:
+    """Return a function of two tensors and constants that autograd differentiates by `gradient`.
+
+    Where the second tensor learns, and `learning` is given, that is what it is differentiated by.
+    """
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
@@ -114,6 +128,7 @@ def _differentiable(function: Tensors, gradient: Gradients) -> Tensors:
 
         @staticmethod
         def backward(ctx: Any, by_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-            return (*gradient(by_y, *ctx.saved_tensors, *ctx.constants), *(None for _ in ctx.constants))
+            chosen = learning if learning and ctx.needs_input_grad[1] else gradient
+            return (*chosen(by_y, *ctx.saved_tensors, *ctx.constants), *(None for _ in ctx.constants))
 
     return Differentiable.apply
