@@ -4,6 +4,7 @@ SIGINT (Ctrl-C), SIGTERM (a batch system, torchrun) and SIGHUP (a lost connectio
 the current step is finished and a checkpoint is written; everywhere else the work ends where it is.
 """
 
+import math
 import os
 import signal
 import threading
@@ -14,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 GRACE = 10.0  # seconds in which the current step may finish
+LOST = 0.1  # the same, where it is lost in any case
 SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 )  # Windows has no SIGHUP
@@ -79,9 +81,14 @@ class Stop:
         finally:
             self._interruptible = False
 
+    def lengthen_grace(self) -> None:
+        """Let interruptible work take its time after a signal, unless `shorten_grace` is called."""
+        if self._grace != LOST:
+            self._grace = math.inf
+
     def shorten_grace(self) -> None:
         """Give up interruptible work at once at the next signal: its result is lost already."""
-        self._grace = 0.1
+        self._grace = LOST
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.asked and time.monotonic() - self._since > self._relay_window:
@@ -91,7 +98,8 @@ class Stop:
         self.asked, self._since = number, time.monotonic()
         if not self._deferred:
             raise Interrupted(number)
-        self._set_alarm(self._grace)
+        if self._grace != math.inf:
+            self._set_alarm(self._grace)
 
     def _set_alarm(self, seconds: float) -> None:
         if hasattr(signal, "setitimer"):

@@ -29,7 +29,7 @@ ALLOWED = {  # the rooms in order, and the earlier ones that each imports from
     "data": {"errors", "storage", "config", "prompts", "models"},
     "artifacts": {"errors", "storage", "config", "prompts", "models", "data"},
     "engine": {"errors", "models", "data"},
-    "distributed": {"errors", "signals", "config", "models", "engine"},
+    "distributed": {"errors", "signals", "storage", "config", "models", "engine"},
     "planning": {"errors", "storage", "config", "models", "data", "artifacts", "engine", "distributed"},
     "training": {"errors", "signals", "storage", "config", "prompts", "models", "data", "artifacts"}
     | {"engine", "distributed", "planning"},

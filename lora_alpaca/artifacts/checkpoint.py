@@ -7,12 +7,21 @@ checkpoint-200/
   state.json                                       step, plan, history, best loss, options
   manifest.json                                    the run, and size and sha256 of each of these
 
+One of full finetuning has its tensors in parts, safetensors files that each rank wrote its own of:
+
+checkpoint-200/
+  weights/, optimizer/                             the weights that learn, and the optimizer's state, by parameter
+  state.json, manifest.json                        as above
+
 A checkpoint has no random state: that of a step follows from seed, step and rank.
 """
 
 import hashlib
 import os
 import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +38,8 @@ from lora_alpaca.storage.output_folder import MANIFEST, read_manifest, remove_ch
 from lora_alpaca.storage.paths import files_below, sha256, user_path
 
 OPTIMIZER, BEST, STATE = "optimizer.safetensors", "best.safetensors", "state.json"
+WEIGHT_PARTS, OPTIMIZER_PARTS = "weights", "optimizer"  # folders
+HASHING_THREADS = 4
 _REMEDY = "take another checkpoint, or start anew with --overwrite"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _FORMER = re.compile(r"\.(checkpoint-\d+|final)\.(partial|removed)")  # what version 0.1 left when it was killed
@@ -45,7 +56,7 @@ class Facts(Shape):
 
 @dataclass
 class Checkpoint:
-    """The contents of a checkpoint: tensors by group, and the facts that fit into JSON."""
+    """The contents of a checkpoint: the facts that fit into JSON, and tensors by group, none if they are in parts."""
 
     facts: dict[str, Any]
     weights: State
@@ -60,31 +71,62 @@ def save(output_dir: Path, run: str, checkpoint: Checkpoint, settings: dict[str,
     checkpoint is not finite, and OSError.
     """
     step = checkpoint.facts["step"]
-    for name, tensor in (checkpoint.weights | checkpoint.optimizer).items():
-        if not torch.isfinite(tensor).all():
-            raise TrainingError(
-                f"step {step}: {name} is no longer finite, so no checkpoint is made of it; lower --learning_rate and "
-                "go on from the one before with --resume --allow_change learning_rate"
-            )
+    if name := not_finite(checkpoint.weights | checkpoint.optimizer):
+        raise TrainingError(no_longer_finite(step, name))
     contents = {
         WEIGHTS: as_safetensors(checkpoint.weights),
         CONFIG: atomic.as_json(settings),
         OPTIMIZER: as_safetensors(checkpoint.optimizer),
-        STATE: atomic.as_json(checkpoint.facts),
     }
     if checkpoint.best:
         contents[BEST] = as_safetensors(checkpoint.best)
-    files = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in contents.items()}
-    folder = output_dir / f"checkpoint-{step}"
-    with atomic.staging_folder(folder) as stage:
+    with staged(output_dir, step) as stage:
         for name, data in contents.items():
             atomic.write(stage / name, data)
-        atomic.write(stage / MANIFEST, atomic.as_json({"run": run, "step": step, "files": files}))
-        atomic.fsync_tree(stage)
-        if os.path.lexists(folder):  # not made by this run, which set its own later ones aside when it resumed
-            atomic.rename_aside(folder, "left")
-        atomic.rename(stage, folder)
+        return publish(
+            stage, output_dir, run, checkpoint.facts, {name: _facts(data) for name, data in contents.items()}
+        )
+
+
+def not_finite(tensors: State) -> str:
+    """Return the name of a tensor that has NaN or infinity in it, nothing where none has."""
+    return next((name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()), "")
+
+
+def no_longer_finite(step: int, name: str) -> str:
+    """Return what is said of a tensor with NaN or infinity in it, of which no checkpoint is made."""
+    return (
+        f"step {step}: {name} is no longer finite, so no checkpoint is made of it; lower --learning_rate and "
+        "go on from the one before with --resume --allow_change learning_rate"
+    )
+
+
+@contextmanager
+def staged(output_dir: Path, step: int) -> Iterator[Path]:
+    """Give the empty, hidden folder of a checkpoint, to be filled and published within this context."""
+    with atomic.staging_folder(output_dir / f"checkpoint-{step}") as stage:
+        yield stage
+
+
+def publish(stage: Path, output_dir: Path, run: str, facts: dict[str, Any], files: dict[str, dict[str, Any]]) -> Path:
+    """Complete a stage by state and manifest, flush it, rename it to the checkpoint, and return that folder.
+
+    `files` are size and sha256 of what is in the stage, by relative paths.
+    """
+    state = atomic.as_json(facts)
+    atomic.write(stage / STATE, state)
+    manifest = {"run": run, "step": facts["step"], "files": files | {STATE: _facts(state)}}
+    atomic.write(stage / MANIFEST, atomic.as_json(manifest))
+    atomic.fsync_tree(stage)
+    folder = output_dir / f"checkpoint-{facts['step']}"
+    if os.path.lexists(folder):  # not made by this run, which set its own later ones aside when it resumed
+        atomic.rename_aside(folder, "left")
+    atomic.rename(stage, folder)
     return folder
+
+
+def _facts(data: bytes) -> dict[str, Any]:
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def rotate(output_dir: Path, run: str, keep: int, spare: int | None = None) -> None:
@@ -136,7 +178,12 @@ def _names_a_run(folder: Path) -> bool:
 
 
 def _has_parts(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (WEIGHTS, OPTIMIZER, STATE))
+    return is_in_parts(folder) or any((folder / name).is_file() for name in (WEIGHTS, OPTIMIZER, STATE))
+
+
+def is_in_parts(folder: Path) -> bool:
+    """Return whether a checkpoint is one of full finetuning, which has its tensors in parts."""
+    return (folder / WEIGHT_PARTS).is_dir()
 
 
 def _step(folder: Path) -> int:
@@ -149,16 +196,24 @@ def _step(folder: Path) -> int:
 def verify(folder: Path) -> str:
     """Return what is wrong with a checkpoint, or "" if every file has the size and hash that its manifest lists."""
     files = read_manifest(folder).get("files", {})
-    if not {WEIGHTS, CONFIG, OPTIMIZER, STATE} <= files.keys():
+    in_parts = any(name.startswith(f"{WEIGHT_PARTS}/") for name in files)
+    if not {STATE, *(() if in_parts else (WEIGHTS, CONFIG, OPTIMIZER))} <= files.keys():
         return f"{MANIFEST} is missing or damaged"
+    pool = ThreadPoolExecutor(HASHING_THREADS)
     try:
-        for name, facts in files.items():
-            path = folder / name
-            if not path.is_file() or path.stat().st_size != facts["bytes"] or sha256(path) != facts["sha256"]:
-                return f"{name} is missing or damaged"
+        sound = pool.map(lambda name: _is_sound(folder / name, files[name]), files)
+        return next(
+            (f"{name} is missing or damaged" for name, is_sound in zip(files, sound, strict=True) if not is_sound), ""
+        )
+    finally:
+        pool.shutdown(cancel_futures=True)  # of gigabytes that a signal leaves unread
+
+
+def _is_sound(path: Path, facts: dict[str, Any]) -> bool:
+    try:
+        return path.is_file() and path.stat().st_size == facts["bytes"] and sha256(path) == facts["sha256"]
     except (OSError, ValueError):
-        return f"{name} is missing or damaged"
-    return ""
+        return False
 
 
 def newest(output_dir: Path) -> tuple[Path | None, dict[Path, str]]:
@@ -217,6 +272,8 @@ def resolve(path: str) -> Path:
 
 def load(folder: Path) -> Checkpoint:
     """Return the contents of a checkpoint folder. Raises CheckpointError for one that holds something else."""
+    if is_in_parts(folder):
+        return Checkpoint(read_state(folder), {}, {})
     best = folder / BEST
     return Checkpoint(
         facts=read_state(folder),

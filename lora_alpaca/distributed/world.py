@@ -19,6 +19,7 @@ from accelerate.state import AcceleratorState, GradientState
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.distributed.heartbeat import Heartbeat
 from lora_alpaca.distributed.rendezvous import connect, rendezvous, run_prefix
+from lora_alpaca.errors import LoraAlpacaError, RankError
 from lora_alpaca.models.device import choose_device, pick_device
 from lora_alpaca.signals import Stop
 
@@ -56,7 +57,11 @@ class World:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        verdict = None if self._heartbeat is None else self._heartbeat.verdict(error)
+        verdict: BaseException | None = None
+        if self._heartbeat is not None:
+            if isinstance(error, RuntimeError) and (found := self.failed_rank(error)):
+                error = verdict = RankError(*found)
+            verdict = self._heartbeat.verdict(error) or verdict
         if error is None or self._heartbeat is None:
             PartialState().destroy_process_group()
         AcceleratorState._reset_state(reset_partial_state=True)  # the next run may choose another precision
@@ -94,32 +99,65 @@ class World:
         if self.world_size == 1:
             return tensor
         total = tensor.to(self.device)
-        self._collective(lambda: torch.distributed.all_reduce(total))
+        self.collective(lambda: torch.distributed.all_reduce(total))
         return total
 
     def least(self, number: int) -> int:
         """Return the least of the numbers of all ranks."""
-        return min(self._gather(number))
+        return min(self.gather(number))
 
     def largest(self, number: float) -> float:
         """Return the largest of the numbers of all ranks, NaN if one of them is NaN."""
-        numbers = self._gather(number)
+        numbers = self.gather(number)
         return math.nan if any(map(math.isnan, numbers)) else max(numbers)
 
     def all_equal(self, value: str) -> bool:
         """Return whether every rank has the same value."""
-        return len(set(self._gather(value))) == 1
+        return len(set(self.gather(value))) == 1
 
     def broadcast(self, value: Callable[[], Result]) -> Result:
         """Return on every rank what `value` returns on the main rank, where alone it is called."""
         found = [value() if self.is_main else None]
         if self.world_size > 1:
-            self._collective(lambda: torch.distributed.broadcast_object_list(found))
+            self.collective(lambda: torch.distributed.broadcast_object_list(found))
         return found[0]  # type: ignore[return-value]
+
+    def together(self, work: Callable[[], Result]) -> list[Result]:
+        """Do some work on every rank and return what came of it on each.
+
+        Raises OSError on all ranks, naming one of those where the work raised it.
+        """
+        found: Result | None = None
+        failure: tuple[int, str] | None = None
+        try:
+            found = work()
+        except OSError as error:
+            failure = error.errno or 0, error.strerror or str(error)
+        outcomes = self.gather((found, failure))
+        for rank, (_, failed) in enumerate(outcomes):
+            if failed is not None:
+                raise OSError(failed[0], self.named(rank, failed[1]))
+        return [one for one, _ in outcomes]  # type: ignore[misc]
+
+    def named(self, rank: int, what: str) -> str:
+        """Return what happened to a rank with its number, where there are several."""
+        return f"rank {rank}: {what}" if self.world_size > 1 else what
+
+    def send(self, tensor: torch.Tensor) -> None:
+        """Send a tensor to the main rank, which calls `receive` for it."""
+        on_device = tensor.to(self.device)
+        self.collective(lambda: torch.distributed.send(on_device, 0))
+
+    def receive(self, tensor: torch.Tensor, rank: int) -> None:
+        """Fill a contiguous tensor of the main rank with what another rank sends."""
+        on_device = tensor if tensor.device == self.device else torch.empty_like(tensor, device=self.device)
+        self.collective(lambda: torch.distributed.recv(on_device, rank))
+        if on_device is not tensor:
+            tensor.copy_(on_device)
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
-        self._collective(self._accelerator.wait_for_everyone)
+        self.collective(self._accelerator.wait_for_everyone)
 
     @contextmanager
     def main_process_first(self) -> Iterator[None]:
@@ -131,14 +169,26 @@ class World:
         if is_first:
             self.barrier()
 
-    def _gather(self, value: Result) -> list[Result]:
+    def gather(self, value: Result) -> list[Result]:
         """Return the values of all ranks."""
         values: list[Any] = [value] * self.world_size
         if self.world_size > 1:
-            self._collective(lambda: torch.distributed.all_gather_object(values, value))
+            self.collective(lambda: torch.distributed.all_gather_object(values, value))
         return values
 
-    def _collective(self, call: Callable[[], Any]) -> None:
+    def failed_rank(self, error: RuntimeError) -> tuple[int, str] | None:
+        """Return the rank for which a call that is not made by `collective` failed, as those of FSDP2, and the cause.
+
+        None where no other rank is known to be the reason. It takes three seconds to know that.
+        """
+        if self._heartbeat is None or isinstance(error, LoraAlpacaError):
+            return None
+        text = str(error).partition("\n")[0]
+        if isinstance(error, torch.distributed.DistError) or "gloo" in text:
+            return self._heartbeat.failed_rank(text)
+        return self._heartbeat.dead_rank()
+
+    def collective(self, call: Callable[[], Any]) -> None:
         """Make a collective call. Raises RankError naming the rank that does not take part."""
         if self._heartbeat is None:
             call()

@@ -8,11 +8,10 @@ from lora_alpaca.distributed.world import World
 from lora_alpaca.engine import fitted
 from lora_alpaca.planning import preflight
 from lora_alpaca.signals import Interrupted, Stop
-from lora_alpaca.training import resume, setup
+from lora_alpaca.training import checkpointing, resume, setup
 from lora_alpaca.training.loop import Loop
 from lora_alpaca.training.progress import Progress, minutes
 from lora_alpaca.training.reading import RunRows
-from lora_alpaca.training.saving import save_adapter
 from lora_alpaca.training.step import Stepper
 from lora_alpaca.training.trackers import Tracker
 
@@ -54,28 +53,30 @@ def train(config: FinetuneConfig, rows: RunRows | None = None) -> RunResult:
         log(*notes)
         plan.engine = engine.name
         stepper = Stepper(engine, trainable, strategy, world, job.config, log)
-        state = start.restore(stepper, record)
+        saver = checkpointing.of_run(job.config, stepper, start.output_dir, record["run"])
+        state = start.restore(saver, record)
 
         # 5. Folder: from here on it is this run's own
         world.barrier()  # until all ranks have looked at it
         if world.is_main:
             log(*resources.enter_context(start.folder(record)))
+        if saver.together:
+            checkpointing.require_shared(start.output_dir, world)
         tracker = Tracker(job.config, world.is_main, log)
         tracker.start(model, start.tracker_id)
 
         # 6. Train: steps, validation, checkpoints
         with stop.deferred():
-            loop = Loop(job, plan, stepper, start.output_dir, record, state, progress, tracker)
-            result = loop.run()
+            Loop(job, plan, stepper, saver, start.output_dir, record, state, progress, tracker).run()
 
-            # 7. Save: the best adapter, with tokenizer, prompt contract and record
-            if world.is_main:
-                save_adapter(trainable, loop.best_weights(), job, record, result)
+            # 7. Save: the best weights, with tokenizer, prompt contract and record
+            result = saver.finish(job, record, state)
             world.barrier()
         tracker.finish(start.output_dir)
-        log(f"adapter saved in {start.output_dir}: {result.steps} steps in {minutes(result.seconds)}{_gain(result)}")
+        what = "adapter" if job.config.tune == "lora" else "model"
+        log(f"{what} saved in {start.output_dir}: {result.steps} steps in {minutes(result.seconds)}{_gain(result)}")
         if stop:
-            raise Interrupted(stop.asked, f"the run was at its end, and its adapter is in {start.output_dir}")
+            raise Interrupted(stop.asked, f"the run was at its end, and its {what} is in {start.output_dir}")
         return result
 
 

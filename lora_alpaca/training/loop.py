@@ -10,17 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from lora_alpaca.artifacts import checkpoint as checkpoints
-from lora_alpaca.artifacts.checkpoint import Checkpoint
-from lora_alpaca.artifacts.run_record import RunResult
 from lora_alpaca.data.sampler import Sampler
 from lora_alpaca.errors import RankError, TrainingError
-from lora_alpaca.models.trainable import State
 from lora_alpaca.planning.plan import Plan
 from lora_alpaca.signals import Interrupted, StepAbandoned
+from lora_alpaca.training.checkpointing import Checkpoints
 from lora_alpaca.training.job import Job
 from lora_alpaca.training.progress import Progress
 from lora_alpaca.training.state import TrainState
-from lora_alpaca.training.step import Step, Stepper
+from lora_alpaca.training.step import ShortageError, Step, Stepper
 from lora_alpaca.training.trackers import Tracker
 
 MOST_FAILED_SAVES = 3  # in a row
@@ -36,6 +34,7 @@ class Loop:
         job: Job,
         plan: Plan,
         stepper: Stepper,
+        saver: Checkpoints,
         output_dir: Path,
         record: dict[str, Any],
         state: TrainState,
@@ -43,7 +42,7 @@ class Loop:
         tracker: Tracker,
     ):
         self.config, self.train, self.validation = job.config, job.train, job.validation
-        self.plan, self.stepper, self.output_dir, self.record = plan, stepper, output_dir, record
+        self.plan, self.stepper, self.saver, self.output_dir, self.record = plan, stepper, saver, output_dir, record
         self.state, self.progress, self.tracker = state, progress, tracker
         self.world, self.stop = stepper.world, stepper.world.stop
         config = self.config
@@ -53,35 +52,48 @@ class Loop:
         self.saved = state.step  # the step of the newest checkpoint
         self.failed_saves = 0
 
-    def run(self) -> RunResult:
-        """Train to the end, or to where the validation loss no longer falls, and return the result.
+    def run(self) -> None:
+        """Train to the end, or to where the validation loss no longer falls.
 
         Raises Interrupted after a signal, RankError where another process failed, and TrainingError for what training
-        cannot continue from. The state of the last finished step is saved before.
+        cannot continue from. The state of the last finished step is saved before, but where all ranks save together
+        and one of them no longer takes part.
         """
-        state, plan = self.state, self.plan
+        state, plan, alone = self.state, self.plan, not self.saver.together
         self.progress.start(plan.total_steps, state.step)
         self._rotate()  # the run before may have ended between a save and this
+        if not alone:
+            self.stop.lengthen_grace()  # a step that one rank gives up is lost for all
         try:
             while True:
                 if self._validation_is_due():
                     self._validate()
                 if state.step >= plan.total_steps or self._should_stop_early():
-                    return state.result(self.output_dir)
+                    return
                 if self._checkpoint_is_due():
                     self._save()
                     self._check_saves()
-                if self.stop:
-                    raise StepAbandoned
+                if asked := self._signal():
+                    raise Interrupted(asked, self._saved_before_leaving())
                 self._step()
         except StepAbandoned:
-            raise Interrupted(self.stop.asked, self._saved_before_leaving()) from None
+            raise Interrupted(self.stop.asked, self._saved_before_leaving(alone)) from None
         except RankError as error:
-            raise RankError(error.rank, error.cause, self._saved_before_leaving()) from None
+            raise RankError(error.rank, error.cause, self._saved_before_leaving(alone)) from None
+        except ShortageError as error:
+            raise TrainingError(f"{error}; {self._saved_before_leaving(alone)}") from None
         except TrainingError as error:
             raise TrainingError(f"{error}; {self._saved_before_leaving()}") from None
+        except RuntimeError as error:
+            if failed := self.world.failed_rank(error):  # in a collective call of FSDP2's own
+                raise RankError(*failed, self._saved_before_leaving(alone)) from None
+            raise
         finally:
             self.progress.stop()
+
+    def _signal(self) -> int:
+        """Return the signal that asked the run to stop, 0 for none; of any rank, where all ranks save together."""
+        return int(self.world.largest(self.stop.asked)) if self.saver.together else self.stop.asked
 
     # ------------------------------------------------------------------------------------------------------ steps
 
@@ -184,13 +196,6 @@ class Loop:
         patience = self.config.early_stopping_patience
         return patience is not None and self.state.without_gain >= patience
 
-    def best_weights(self) -> State:
-        """Return the tensors with the best validation loss, of the last step where nothing was validated."""
-        state = self.state
-        if state.best or state.best_step in (0, state.step):
-            return state.best or self.stepper.weights()
-        return checkpoints.weights_of(self.output_dir / f"checkpoint-{state.best_step}")
-
     # ------------------------------------------------------------------------------------------------ checkpoints
 
     def _checkpoint_is_due(self) -> bool:
@@ -200,17 +205,14 @@ class Loop:
 
     def _save(self) -> None:
         """Write a checkpoint and remove those beyond the limit; a disk that fails is reported, and retried later."""
-        state, contents = self.state, self._checkpoint()
+        state, best = self.state, self.state.best_step
         try:
-            if self.world.is_main:
-                config = self.stepper.trainable.config()
-                checkpoints.save(self.output_dir, self.record["run"], contents, config)
+            self.saver.save(self._facts(), state)
         except OSError as error:
             self.failed_saves += 1
             self._failure = f"step {state.step}: no checkpoint could be written ({error.strerror or error})"
-            self.progress.log(f"warning: {self._failure}; {self._newest()}")
-            if state.best_step == state.step:
-                state.best = contents.weights  # until a checkpoint can be written
+            lost = "" if state.best_step == best else f"; step {best} was the best, and its weights are not kept"
+            self.progress.log(f"warning: {self._failure}; {self._newest()}{lost}")
             return
         self.failed_saves, self.saved = 0, state.step
         self._rotate()
@@ -233,9 +235,9 @@ class Loop:
                 f"{self.output_dir} and go on from there with --resume"
             )
 
-    def _checkpoint(self) -> Checkpoint:
-        """Return everything that a run resumes from; every rank calls it, since each may hold a part."""
-        facts = {
+    def _facts(self) -> dict[str, Any]:
+        """Return what a run resumes from besides its tensors."""
+        return {
             "step": self.state.step,
             "plan": asdict(self.plan),
             "progress": self.state.facts(),
@@ -243,14 +245,13 @@ class Loop:
             "scaler": self.stepper.scaler_state(),
             "tracker": self.tracker.id,
         }
-        return Checkpoint(facts, self.stepper.weights(), self.stepper.optimizer_state(), self.state.best)
 
     def _newest(self) -> str:
         return f"the newest checkpoint is that of step {self.saved}" if self.saved else "there is no checkpoint yet"
 
-    def _saved_before_leaving(self) -> str:
+    def _saved_before_leaving(self, can_save: bool = True) -> str:
         """Save the state of the last finished step, if it is not saved, and return a sentence on what is."""
-        if self.state.step > self.saved and self.failed_saves < MOST_FAILED_SAVES:
+        if can_save and self.state.step > self.saved and self.failed_saves < MOST_FAILED_SAVES:
             with suppress(TrainingError):  # tensors that are no longer finite are not saved
                 self._save()
         if not self.saved:

@@ -22,9 +22,9 @@ from lora_alpaca.prompts import AnyTemplate, template_from_json
 from lora_alpaca.storage.json_files import Shape, shape_of
 from lora_alpaca.storage.output_folder import RECORD, OutputFolder
 from lora_alpaca.storage.paths import user_path
+from lora_alpaca.training.checkpointing import Checkpoints
 from lora_alpaca.training.job import Job
 from lora_alpaca.training.state import TrainState
-from lora_alpaca.training.step import Stepper
 
 Changes = dict[str, tuple[Any, Any]]  # name -> (before, now)
 
@@ -58,7 +58,7 @@ class Start:
         """Return the plan of the run."""
         return planning.resolve(job.config, job.train.lengths, job.size, world)
 
-    def restore(self, stepper: Stepper, record: dict[str, Any]) -> TrainState:
+    def restore(self, saver: Checkpoints, record: dict[str, Any]) -> TrainState:
         """Return the state to train from, having put weights and moments back."""
         return TrainState()
 
@@ -121,9 +121,9 @@ class Resumed(Start):
 
     checkpoint_folder: Path = field(kw_only=True)
     checkpoint: Checkpoint = field(kw_only=True)
+    best_damage: str = ""  # what is wrong with the other checkpoint that has the best weights
     is_proven: bool = True
     _changed: set[str] = field(default_factory=set, init=False)
-    _best_is_lost: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         """Take what the checkpoint knows of the tracker."""
@@ -146,7 +146,7 @@ class Resumed(Start):
                 f"then, allow the change with --allow_change {','.join(changed)}, or start anew with --overwrite"
             )
         self._changed = set(changed)
-        return [*(f"changed, as allowed: {sentence}" for sentence in sentences.values()), *self._check_best()]
+        return [*(f"changed, as allowed: {sentence}" for sentence in sentences.values()), *self._notes_on_best()]
 
     def plan(self, job: Job, world: World) -> Plan:
         """Return the plan as it was, but for what follows from the changes that were allowed."""
@@ -159,14 +159,15 @@ class Resumed(Start):
             plan = planning.resolve_engine(plan, job.config, job.train.lengths, job.size, world)
         return plan
 
-    def restore(self, stepper: Stepper, record: dict[str, Any]) -> TrainState:
-        """Return the state of the checkpoint, having put adapter, moments and loss scale back."""
-        stepper.restore(self.checkpoint.weights, self.checkpoint.optimizer, self.checkpoint.facts["scaler"])
+    def restore(self, saver: Checkpoints, record: dict[str, Any]) -> TrainState:
+        """Return the state of the checkpoint, having put weights, moments and loss scale back."""
+        saver.restore(self.checkpoint_folder, self.checkpoint)
         state = TrainState(**self.checkpoint.facts["progress"], best=self.checkpoint.best)
-        if self._best_is_lost or self._before["validation_sha256"] != record["validation_sha256"]:
+        if self.best_damage or self._before["validation_sha256"] != record["validation_sha256"]:
             state.forget_best()
         elif (folder := self._best_folder()) and self._leaves(folder):
             state.best = checkpoints.weights_of(folder)  # the checkpoints of this run will hold it
+        saver.keep(state)
         return state
 
     def _best_folder(self) -> Path | None:
@@ -181,12 +182,19 @@ class Resumed(Start):
         elsewhere = folder.resolve().parent != self.output_dir.resolve()
         return elsewhere or OutputFolder(self.output_dir).status == "finished"
 
-    def _check_best(self) -> list[str]:
-        """Return a warning where the best adapter is in another checkpoint that is missing or damaged."""
-        if (folder := self._best_folder()) is None or not (reason := checkpoints.verify(folder)):
+    def check_best(self) -> str:
+        """Return what is wrong with the other checkpoint that has the best weights, nothing where there is none."""
+        if (folder := self._best_folder()) is None:
+            return ""
+        if checkpoints.is_in_parts(self.checkpoint_folder) and self._leaves(folder):
+            return "it is not among the checkpoints of this folder, and too large to be kept in memory"
+        return checkpoints.verify(folder)
+
+    def _notes_on_best(self) -> list[str]:
+        if not self.best_damage:
             return []
-        self._best_is_lost = True
-        return [f"warning: {folder} has the best adapter so far, and {reason}; the best one is sought anew from here"]
+        where = f"{self._best_folder()} has the best weights so far"
+        return [f"warning: {where}, and {self.best_damage}; the best ones are sought anew from here"]
 
     def _checkpoint_folder(self) -> Path | None:
         return self.checkpoint_folder
@@ -224,7 +232,9 @@ def start(config: FinetuneConfig, world: World) -> Start:
         return Start(config, output_dir, notes)
     checkpoint = checkpoints.load(chosen)
     _require_complete(checkpoint, chosen / checkpoints.STATE)
-    return Resumed(config, output_dir, notes, checkpoint_folder=chosen, checkpoint=checkpoint)
+    resumed = Resumed(config, output_dir, notes, checkpoint_folder=chosen, checkpoint=checkpoint)
+    resumed.best_damage = world.broadcast(resumed.check_best)  # by one rank: all files are hashed
+    return resumed
 
 
 class _Facts(Shape):

@@ -25,6 +25,10 @@ LESS = "lower --token_budget or --cutoff_len (with --engine padded, --micro_batc
 Item = TypeVar("Item")
 
 
+class ShortageError(TrainingError):
+    """A rank is short of memory, of which the others need not know."""
+
+
 @dataclass
 class Step:
     """What a step measured: mean loss per label, gradient norm before clipping, labels, and tokens over all ranks."""
@@ -146,7 +150,7 @@ class Stepper:
                 if smaller is None:
                     less = LESS if self._shrinks else f"{LESS}, or say --on_oom shrink"
                     free = memory.describe_free(self.world.device)
-                    raise TrainingError(f"out of memory ({error}); {free}; {less}") from None
+                    raise ShortageError(f"out of memory ({error}); {free}; {less}") from None
                 self._log(f"out of memory: going on with {smaller}; the optimizer batch stays as it is")
                 self.engine = smaller
             memory.release(self.world.device)

@@ -75,7 +75,7 @@ def test_where_it_is_lost_that_is_said_and_another_one_is_found(whole, options, 
     shutil.rmtree(folder / f"checkpoint-{whole[1]}")
     capsys.readouterr()
     result = finetune(FinetuneConfig(**options | {"output_dir": str(folder), "resume": True}))
-    assert f"checkpoint-{whole[1]} has the best adapter so far, and " in capsys.readouterr().out
+    assert f"checkpoint-{whole[1]} has the best weights so far, and " in capsys.readouterr().out
     assert result.best_step == 9
     assert output_folder.read_record(folder)["status"] == "finished"
 
