@@ -62,7 +62,7 @@ HOMES = {  # the rooms or files that may import a library; of torch see WITHOUT_
         "artifacts/adapter_folder.py",
     },
     "prometheus_client": {"inference/server/metrics.py"},
-    "psutil": {"models/memory.py", "planning/preflight.py"},
+    "psutil": {"models/memory.py"},
     "pyarrow": {"data/readers/arrow_rows.py", "evaluation/table.py"},
     "rouge_score": {"evaluation/scores.py"},
     "pydantic": {"config", "storage/json_files.py", "export/verify/served_receipt.py", "inference/server/bodies.py"},

@@ -68,3 +68,9 @@ def world_size() -> int:
     if int(size) > 1 and not (rank.isdecimal() and int(rank) < int(size)):
         raise ConfigError(f"the variable RANK is {rank!r}, and WORLD_SIZE is {size}; start with torchrun")
     return int(size)
+
+
+def ranks_per_machine() -> int:
+    """Return how many of the launched processes are on this machine; all of them, where the launcher does not say."""
+    size = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return int(size) if size.isdecimal() and int(size) > 0 else world_size()

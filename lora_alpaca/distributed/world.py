@@ -17,6 +17,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
 
 from lora_alpaca.config import FinetuneConfig
+from lora_alpaca.config.environment import ranks_per_machine
 from lora_alpaca.distributed.heartbeat import Heartbeat
 from lora_alpaca.distributed.rendezvous import connect, rendezvous, run_prefix
 from lora_alpaca.errors import LoraAlpacaError, RankError
@@ -38,6 +39,7 @@ class World:
         processes = PartialState(cpu=on_cpu, **rendezvous(timedelta(seconds=config.rank_timeout)))
         self.rank: int = processes.process_index
         self.world_size: int = processes.num_processes
+        self.per_machine = ranks_per_machine()
         self.is_main = self.rank == 0
         self._seed = 0
         self._heartbeat: Heartbeat | None = None

@@ -44,6 +44,11 @@ def free_and_total(device: torch.device) -> tuple[int, int]:
     return free, min([memory.total, *(limit for limit, _ in groups)])
 
 
+def free_of_host() -> int:
+    """Return the free bytes of the memory of this machine, swap included."""
+    return free_and_total(torch.device("cpu"))[0] + psutil.swap_memory().free
+
+
 def _groups() -> Iterator[tuple[int, int]]:
     """Yield limit and use, in bytes, of the control groups around this process that have a limit.
 

@@ -3,19 +3,19 @@
 import json
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import torch
 
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.config.shared import DEMO, UPSTREAM_DATA
 from lora_alpaca.data.sampler import steps_per_epoch
 from lora_alpaca.distributed.world import World
 from lora_alpaca.engine import EngineChoices
+from lora_alpaca.models import memory
 from lora_alpaca.models.base import demo_base
 from lora_alpaca.planning import estimate
-from lora_alpaca.planning.estimate import Estimate, ModelSize
+from lora_alpaca.planning.estimate import Estimate, Free, Layout, Memory, ModelSize, Shard
 
 CPU_TOKENS = 2048  # a pack on a CPU, where more would only take memory, and the smallest on a GPU
 MOST_TOKENS = 16384  # the largest on a GPU
@@ -31,12 +31,13 @@ class Plan(EngineChoices):
     eval_steps: int
     save_steps: int
     gradient_checkpointing: bool = False
-    shard: Literal["none", "grads", "full"] = "none"  # how the weights are spread over the ranks
+    shard: Shard = "none"  # how the weights are spread over the ranks
 
     def __str__(self) -> str:
+        sharded = "" if self.shard == "none" else f"; weights sharded: {self.shard}"
         return (
             f"{self.total_steps} steps, {self.warmup_steps} of them warm-up; micro-batches of {self.micro_batch_size}; "
-            f"validation every {self.eval_steps}, checkpoint every {self.save_steps} steps"
+            f"validation every {self.eval_steps}, checkpoint every {self.save_steps} steps{sharded}"
         )
 
     def learning_rate(self, step: int, config: FinetuneConfig) -> float:
@@ -94,52 +95,80 @@ def resolve_steps(config: FinetuneConfig, rows: int, world_size: int) -> Plan:
 
 
 def resolve_engine(plan: Plan, config: FinetuneConfig, lengths: np.ndarray, size: ModelSize, world: World) -> Plan:
-    """Return the plan with its engine chosen for the least free memory of all ranks."""
-    free = world.least(estimate.free_bytes(world.device, size))
-    return world.broadcast(lambda: choose_engine(plan, config, lengths, size, world.device, free, world.world_size))
+    """Return the plan with its sharding and its engine chosen for the least free memory of all ranks."""
+    free = free_memory(world)
+    plan = replace(plan, shard=choose_shard(config, size, free, world))
+    return world.broadcast(lambda: choose_engine(plan, config, lengths, size, layout(plan.shard, config, world), free))
+
+
+def free_memory(world: World) -> Free:
+    """Return what a rank may take of its device and of its host, one for all ranks: what the poorest of them may."""
+    host = world.least(memory.free_of_host()) // world.per_machine
+    if world.device.type != "cuda":
+        return Free(host, host)
+    return Free(world.least(memory.free_and_total(world.device)[0]), host)
+
+
+def layout(shard: Shard, config: FinetuneConfig, world: World) -> Layout:
+    """Return how a run spreads the base over its ranks."""
+    size = world.world_size
+    return Layout(size, world.per_machine, shard, config.shard_size or size, config.offload == "cpu")
+
+
+def choose_shard(config: FinetuneConfig, size: ModelSize, free: Free, world: World) -> Shard:
+    """Return how to shard: as asked, or `full` where several ranks are there and one device does not hold the run."""
+    if world.world_size == 1 and config.offload == "none":
+        return "none"  # there is nobody to share with
+    if config.shard != "auto":
+        return config.shard
+    if config.offload != "none" or config.shard_size:
+        return "full"
+    fits = free.holds(least_memory(config, size, layout("none", config, world)))
+    return "none" if fits else "full"
+
+
+def least_memory(config: FinetuneConfig, size: ModelSize, layout: Layout) -> Memory:
+    """Return what a rank takes at least: with the smallest batches that are planned, and recomputing if it may."""
+    tokens = config.token_budget or min(CPU_TOKENS, config.batch_size * config.cutoff_len)
+    return estimate.memory(size, layout, tokens, recomputes=config.gradient_checkpointing != "false")
 
 
 def choose_engine(
-    plan: Plan,
-    config: FinetuneConfig,
-    lengths: np.ndarray,
-    size: ModelSize,
-    device: torch.device,
-    free: int,
-    world_size: int,
+    plan: Plan, config: FinetuneConfig, lengths: np.ndarray, size: ModelSize, layout: Layout, free: Free
 ) -> Plan:
     """Return the plan with the token budget of a pack, whether to compile, and whether to recompute activations.
 
-    On CUDA a pack may take half of the `free` bytes; below 2048 tokens, activations are recomputed.
+    On CUDA a pack may take half of what the model leaves free; below 2048 tokens, activations are recomputed.
     """
+    on_cuda = size.spec.device.type == "cuda"
     tokens_a_step = estimate.tokens_per_step(lengths, config.batch_size)
-    budget = max(CPU_TOKENS, min(MOST_TOKENS, estimate.most_tokens(size, free // 2)))
-    token_budget = config.token_budget or min(budget, math.ceil(tokens_a_step / world_size))
-    pays = estimate.work(size, tokens_a_step, plan.total_steps, world_size) > COMPILE_FROM.get(device.type, math.inf)
+    left = max(0, free.device - estimate.memory(size, layout).device.total) if on_cuda else 0
+    budget = max(CPU_TOKENS, min(MOST_TOKENS, estimate.most_tokens(size, left // 2)))
+    token_budget = config.token_budget or min(budget, math.ceil(tokens_a_step / layout.world_size))
+    pays = estimate.work(size, tokens_a_step, plan.total_steps, layout.world_size) > COMPILE_FROM.get(
+        size.spec.device.type, math.inf
+    )
     plan = replace(
         plan,
         engine=config.engine,
         token_budget=token_budget,
         compiled=config.compile == "true" or (config.compile == "auto" and pays),
-        shard="none" if config.shard == "auto" else config.shard,
     )
-    short = device.type == "cuda" and estimate_run(plan, config, lengths, size, world_size).activations > 0.7 * free
+    parts = estimate_run(plan, config, lengths, size, layout).memory.device
+    short = on_cuda and parts.activations + parts.logits > 0.7 * left
     recomputes = config.gradient_checkpointing == "true" or (config.gradient_checkpointing == "auto" and short)
     return replace(plan, gradient_checkpointing=recomputes)
 
 
-def estimate_run(plan: Plan, config: FinetuneConfig, lengths: np.ndarray, size: ModelSize, world_size: int) -> Estimate:
+def estimate_run(plan: Plan, config: FinetuneConfig, lengths: np.ndarray, size: ModelSize, layout: Layout) -> Estimate:
     """Return what a run by this plan needs on one rank."""
     longest, padded = int(lengths.max()), plan.engine == "padded"
     tokens = plan.micro_batch_size * longest if padded else max(plan.token_budget, longest)
     tokens_a_step = estimate.tokens_per_step(lengths, config.batch_size)
     return Estimate(
-        weights=size.weights,
-        trainable=2 * estimate.FP32 * size.trainable,
-        optimizer=2 * estimate.FP32 * size.trainable,
-        activations=estimate.activation_bytes(size, tokens, keeps_logits=padded),
+        memory=estimate.memory(size, layout, tokens, plan.gradient_checkpointing, pads=padded),
         disk=estimate.disk_bytes(size, config, plan.total_steps, plan.save_steps),
-        work=estimate.work(size, tokens_a_step, plan.total_steps, world_size),
+        work=estimate.work(size, tokens_a_step, plan.total_steps, layout.world_size),
     )
 
 

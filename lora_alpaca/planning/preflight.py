@@ -1,70 +1,78 @@
 """The checks before the first heavy step: does the base fit into memory, the adapter onto the base?"""
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import psutil
-import torch
+import numpy as np
 
-from lora_alpaca.artifacts import adapter_folder
 from lora_alpaca.artifacts.source import verify_adapter
 from lora_alpaca.config import FinetuneConfig
+from lora_alpaca.distributed.world import World
 from lora_alpaca.errors import ConfigError, ModelError
-from lora_alpaca.models import lora, memory
+from lora_alpaca.models import memory
 from lora_alpaca.models.base import Base, weight_files
 from lora_alpaca.models.device import DeviceSpec
 from lora_alpaca.models.memory import gigabytes
 from lora_alpaca.models.meta import memory_bytes, meta_model
-from lora_alpaca.planning.estimate import ModelSize, disk_bytes, model_size
-from lora_alpaca.planning.plan import Plan
+from lora_alpaca.planning.estimate import ModelSize, disk_bytes
+from lora_alpaca.planning.plan import Plan, choose_shard, estimate_run, free_memory, layout, least_memory
+from lora_alpaca.planning.remedy import cheapest_change
+from lora_alpaca.planning.size import model_size
 from lora_alpaca.storage.output_folder import OutputFolder
 from lora_alpaca.storage.paths import user_path
 
 HIGH_RATE = 0.1  # above it, LoRA hardly ever learns
 
 
-def check_base_fits(base: Base, spec: DeviceSpec, model: Any | None = None) -> list[str]:
-    """Return a sentence on what the base's weights take, if that is known; `model` is the base on the meta device.
+def check_base_fits(base: Base, spec: DeviceSpec) -> None:
+    """Raise ModelError where a CPU has less memory than the weights of a base take, or its weight files are damaged."""
+    _check_files(base)
+    model = meta_model(base) if spec.device.type == "cpu" else None
+    if model is not None and (needed := memory_bytes(model, spec)) > (free := memory.free_of_host()):
+        raise ModelError(
+            f"--base_model {base.name}: its weights take {gigabytes(needed)} as {spec}, and {gigabytes(free)} "
+            "are free; take a smaller model, or hold it in fewer bits (--load_8bit, --load_4bit)"
+        )
 
-    Raises ModelError where a CPU has less memory than that, and for a folder whose weight files are not whole.
-    """
+
+def _check_files(base: Base) -> None:
     if Path(base.path).is_dir():
         weight_files(base)
-    if (model := model or meta_model(base)) is None:
-        return []
-    needed = memory_bytes(model, spec)
-    if spec.device.type == "cpu":
-        free = memory.free_and_total(spec.device)[0] + psutil.swap_memory().free
-        if needed > free:
-            raise ModelError(
-                f"--base_model {base.name}: its weights take {gigabytes(needed)} as {spec}, and {gigabytes(free)} "
-                "are free; take a smaller model, or hold it in fewer bits (--load_8bit, --load_4bit)"
-            )
-    return [f"the weights of {base.name} take about {gigabytes(needed)}"]
 
 
-def check_model(config: FinetuneConfig, base: Base, spec: DeviceSpec) -> tuple[ModelSize, list[str]]:
-    """Return the size of a base with its adapter, and notes on both.
+def check_model(config: FinetuneConfig, base: Base, spec: DeviceSpec, world: World) -> tuple[ModelSize, list[str]]:
+    """Return the size of a base with what is trained of it, and notes on both.
 
-    Raises ModelError for target modules that are missing and for a base larger than the memory, and AdapterError for an
-    --init_adapter that was not made for this base.
+    Raises ModelError for target modules that are missing, and for a run that is larger than the memory, naming the
+    cheapest change that is not; and AdapterError for an --init_adapter that was not made for this base.
     """
-    model = meta_model(base)
-    notes = check_base_fits(base, spec, model)
+    _check_files(base)
+    notes = []
     if config.init_adapter:
-        folder = user_path(config.init_adapter)
-        notes += verify_adapter("--init_adapter", folder, base)
-        tensors = adapter_folder.read_weights(folder, may_do_nothing=True)
-        trainable = sum(tensor.numel() for tensor in tensors.values())
-        return model_size(base, spec, model, trainable), notes
-    size = model_size(base, spec, model, trainable=0)
-    if model is None:
-        return size, notes
-    with torch.device("meta"):
-        adapter = lora.attach(model, config, base)
-    trainable = sum(parameter.numel() for parameter in lora.trainable_parameters(adapter))
-    return replace(size, parameters=size.parameters + trainable, trainable=trainable), notes
+        notes = verify_adapter("--init_adapter", user_path(config.init_adapter), base)
+    size = model_size(config, base, spec, meta_model(base))
+    frozen = sum(weight.frozen_bytes(spec) for weight in size.weights)
+    notes.append(f"the weights of {base.name} take about {gigabytes(frozen)}")
+    check_memory(config, base, size, world)
+    return size, notes
+
+
+def check_memory(config: FinetuneConfig, base: Base, size: ModelSize, world: World) -> None:
+    """Raise ModelError, in one line, where a run takes more memory than a rank has, however it may be sharded."""
+    free = free_memory(world)
+    shard = choose_shard(config, size, free, world)
+    needed = least_memory(config, size, layout(shard, config, world))
+    if not free.holds(needed):
+        remedy = world.broadcast(lambda: cheapest_change(config, base, size, free, world))
+        raise ModelError(
+            f"--base_model {base.name}: as {size.spec}, with --tune {config.tune} and --shard {shard}, each of "
+            f"{world.world_size} processes takes {needed}, and {free} are free for it; {remedy}"
+        )
+
+
+def describe_memory(plan: Plan, config: FinetuneConfig, lengths: np.ndarray, size: ModelSize, world: World) -> str:
+    """Return in one line what a run by this plan takes of every device, by part."""
+    spread = layout(plan.shard, config, world)
+    return f"memory of each device: {estimate_run(plan, config, lengths, size, spread).memory}"
 
 
 def check_disk(output_dir: Path, plan: Plan, config: FinetuneConfig, size: ModelSize) -> None:

@@ -39,7 +39,11 @@ def train(config: FinetuneConfig, rows: RunRows | None = None) -> RunResult:
         record = job.record
         log(*start.check_same(record))
         plan = start.plan(job, world)
-        log(f"base: {job.base.name}, {job.spec}", f"plan: {plan}")
+        log(
+            f"base: {job.base.name}, {job.spec}",
+            f"plan: {plan}",
+            preflight.describe_memory(plan, job.config, job.train.lengths, job.size, world),
+        )
         preflight.check_disk(start.output_dir, plan, job.config, job.size)
 
         # 4. Model: the first heavy step; its engine and optimizer

@@ -157,6 +157,8 @@ class Resumed(Start):
         plan.share_prefix = job.config.share_prefix
         if self._changed & FinetuneConfig.deciding("engine"):
             plan = planning.resolve_engine(plan, job.config, job.train.lengths, job.size, world)
+        elif "ranks" in self._changed:  # the weights are spread over other ones
+            plan.shard = planning.choose_shard(job.config, job.size, planning.free_memory(world), world)
         return plan
 
     def restore(self, saver: Checkpoints, record: dict[str, Any]) -> TrainState:

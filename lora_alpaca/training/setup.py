@@ -73,7 +73,7 @@ def prepare(inputs: Inputs, world: World, progress: Progress) -> Job:
     Raises DataError, TemplateError, ModelError and AdapterError, before anything heavy is loaded.
     """
     log, config, rows = progress.log, inputs.config, inputs.rows
-    size, notes = preflight.check_model(config, inputs.base, inputs.spec)
+    size, notes = preflight.check_model(config, inputs.base, inputs.spec, world)
     log(*notes)
     prepared = _examples(inputs, world, progress)
     train, validation, statistics = prepared.train, prepared.validation, prepared.statistics

@@ -78,22 +78,23 @@ def test_a_base_that_is_larger_than_the_memory(number, verb, monkeypatch, tiny_l
     monkeypatch.setattr(psutil, "swap_memory", Little)
     words = ("--data_path", data_path, *SHORT) if verb == "finetune" else ("--prompt_template", "alpaca", *ASK)
     line = line_of(verb, "--base_model", tiny_llama, "--dtype", "fp32", *words, code=1)
-    assert "its weights take 0.001 GB as unquantised base, fp32 compute on cpu, and 0.000 GB are free; take a" in line
-    assert "--load_4bit" in line
+    assert "as unquantised base, fp32 compute on cpu" in line
+    assert "0.000 GB are free" in line
+    assert "; take a smaller model" in line
+    assert ("(weights 0.001 GB, " if verb == "finetune" else "its weights take 0.001 GB as") in line
 
 
 @entry("D85")
-@pytest.mark.parametrize(("bits", "tolerance"), [(16, 1e-9), (8, 0.02), (4, 0.05)])
-def test_the_estimate_is_what_the_weights_take(number, bits, tolerance, tiny_model, model_loads):
-    """Of bitsandbytes' layers, with their scales; the rest is held as it is computed."""
+@pytest.mark.parametrize(("bits", "scales"), [(16, 0), (8, 0.04), (4, 0.05)])
+def test_the_estimate_is_what_the_weights_take(number, bits, scales, tiny_model, model_loads):
+    """Of bitsandbytes' layers, with their scales, which are no parameters; the rest is held as it is computed."""
     for architecture in ("Llama", "GPT2"):
         base = locate_base(str(tiny_model(architecture)))
         spec = DeviceSpec(torch.device("cpu"), torch.float32, bits)
         loaded, _ = load_base(base, spec)
         taken = sum(parameter.numel() * parameter.element_size() for parameter in loaded.parameters())
         estimate = memory_bytes(meta_model(base), spec)
-        assert taken <= estimate * (1 + 1e-9)
-        assert estimate <= taken * (1 + tolerance)
+        assert taken <= estimate <= taken * (1 + scales)
 
 
 @entry("D85")

@@ -1,0 +1,74 @@
+"""What to say instead where a run does not fit into memory: the cheapest change with which it does."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from lora_alpaca.config import FinetuneConfig
+from lora_alpaca.distributed.world import World
+from lora_alpaca.models.base import Base
+from lora_alpaca.models.meta import meta_model
+from lora_alpaca.planning.estimate import Free, Layout, ModelSize
+from lora_alpaca.planning.plan import choose_shard, layout, least_memory
+from lora_alpaca.planning.size import model_size
+
+MOST_DEVICES = 1024
+
+
+def cheapest_change(config: FinetuneConfig, base: Base, size: ModelSize, free: Free, world: World) -> str:
+    """Return the options that make a run fit, as words that end a sentence.
+
+    First those that only cost time, then fewer bits, and last what trains less.
+    """
+    as_asked = layout(choose_shard(config, size, free, world), config, world)
+    spreads = list(_spreads(config, as_asked, size))
+    for words, smaller in _sizes(config, base, size):
+        for flags, spread in spreads:
+            if free.holds(needed := least_memory(config, smaller, spread)):
+                return f"with {' '.join([*flags, *words])} it takes {needed}"
+    if size.spec.device.type == "cuda":
+        devices = as_asked.world_size
+        while (devices := 2 * devices) <= MOST_DEVICES:
+            more = replace(as_asked, world_size=devices, shard="full", shard_size=devices)
+            if free.holds(least_memory(config, size, more)):
+                return f"take a smaller model, or {devices} such devices with --shard full"
+    return "take a smaller model"
+
+
+def _spreads(config: FinetuneConfig, as_asked: Layout, size: ModelSize) -> Iterator[tuple[list[str], Layout]]:
+    """Yield the ways to spread the base that take ever less memory, each with the flags that it is asked for by."""
+    yield [], as_asked
+    full = replace(as_asked, shard="full", shard_size=as_asked.world_size)
+    flags = ["--shard full"] if config.shard in ("none", "grads") else []
+    flags += [f"--shard_size {as_asked.world_size}"] if config.shard_size else []
+    if as_asked.world_size > 1 and flags:
+        yield flags, full
+    if size.spec.device.type == "cuda" and not as_asked.offloads:
+        yield [*flags, "--offload cpu"], replace(full, offloads=True)
+
+
+def _sizes(config: FinetuneConfig, base: Base, size: ModelSize) -> Iterator[tuple[list[str], ModelSize]]:
+    """Yield the size as it is, and as options make it smaller, each with these options."""
+    yield [], size
+    if config.tune == "lora":
+        yield from _with_fewer_bits(size)
+        return
+    if config.optimizer == "adamw":
+        yield ["--optimizer adamw_8bit"], replace(size, optimizer="adamw_8bit")
+    model = meta_model(base)
+    layers = size.layers if config.layers == "all" else int(config.layers.partition(":")[2])
+    for number in range(layers - 1, 0, -1):
+        top = f"top:{number}"
+        yield [f"--layers {top}"], model_size(config.model_copy(update={"layers": top}), base, size.spec, model)
+    adapted = model_size(config.model_copy(update={"tune": "lora", "layers": "all"}), base, size.spec, model)
+    yield ["--tune lora"], adapted
+    for words, smaller in _with_fewer_bits(adapted):
+        yield ["--tune lora", *words], smaller
+
+
+def _with_fewer_bits(size: ModelSize) -> Iterator[tuple[list[str], ModelSize]]:
+    if size.spec.kind or size.spec.device.type == "mps":  # as it is stored; bitsandbytes is not for mps
+        return
+    for bits in (8, 4):
+        if bits < size.spec.bits:
+            spec = replace(size.spec, bits=bits)
+            yield [f"--load_{bits}bit"], replace(size, spec=spec, is_mapped=False)
