@@ -20,7 +20,7 @@ FLAGS = {
         overlong val_data_path val_set_size max_truncated max_dropped max_duplicates cache_dir train_on_inputs train_on
         train_on_reasoning ignore_fields add_eos_token batch_size micro_batch_size num_epochs max_steps
         learning_rate lr_scheduler warmup_steps warmup_ratio tune layers layer_parts optimizer shard shard_size offload
-        weight_decay max_grad_norm group_by_length engine token_budget
+        processes weight_decay max_grad_norm group_by_length engine token_budget
         share_prefix compile
         gradient_checkpointing seed lora_r lora_alpha lora_dropout
         lora_target_modules use_rslora use_dora init_adapter eval_steps save_steps logging_steps

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from lora_alpaca.cli.flags import parse
 from lora_alpaca.cli.help import help_text, overview
+from lora_alpaca.cli.launching import end_with_launcher, launch, processes
 from lora_alpaca.cli.streams import BROKEN_PIPE, OutputError, usable_streams
 from lora_alpaca.config import (
     ConvertBaseConfig,
@@ -61,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     What a command prints may be read by nobody; one that prints its product then ends with 141, as after SIGPIPE.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    end_with_launcher()
     verb = VERBS.get(words[0]) if words else None
     try:
         with usable_streams(goes_on=verb is not None and verb.makes_folder and not _asks_for_help(words)):
@@ -75,8 +77,7 @@ def _exit_code(words: list[str]) -> int:
     rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
     try:
         with Stop().watching():
-            _run(words)
-        return 0
+            return _run(words)
     except LoraAlpacaError as error:
         print(f"error: {rank}{' '.join(str(error).splitlines())}", file=sys.stderr)  # one line, whatever is in it
         return error.exit_code
@@ -109,14 +110,19 @@ def _exit(exit_code: int) -> NoReturn:
     sys.exit(exit_code)
 
 
-def _run(words: list[str]) -> None:
-    """Run the command that the words name; the heavy imports begin when its config is known to be good."""
+def _run(words: list[str]) -> int:
+    """Run the command that the words name, and return the exit code.
+
+    The heavy imports begin when its config is known to be good.
+    """
     if not words or words[0] in ("-h", "--help"):
-        return print(overview({name: verb.config for name, verb in VERBS.items()}))
+        print(overview({name: verb.config for name, verb in VERBS.items()}))
+        return 0
     if words[0] == "--version":
         from lora_alpaca._version import __version__
 
-        return print(__version__)
+        print(__version__)
+        return 0
     name, flags = words[0], words[1:]
     for word in words:
         if any("\udc80" <= letter <= "\udcff" for letter in word):  # bytes that are no text
@@ -127,12 +133,16 @@ def _run(words: list[str]) -> None:
         raise ConfigError(f"unknown command {name}; {_nearest(name, VERBS) or 'one of ' + ', '.join(VERBS)}")
     verb = VERBS[name]
     if _asks_for_help(flags):
-        return print(help_text(verb.config))
+        print(help_text(verb.config))
+        return 0
     require_folder()
     config = parse(verb.config, flags, {name: verb.config for name, verb in VERBS.items()})
     check_libraries()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its warning about forks is not the user's to solve
+    if isinstance(config, FinetuneConfig) and (number := processes(config)) > 1:
+        return launch(words, config, number)
     verb(config)
+    return 0
 
 
 def _asks_for_help(words: list[str]) -> bool:

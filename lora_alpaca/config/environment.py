@@ -70,6 +70,11 @@ def world_size() -> int:
     return int(size)
 
 
+def is_launched() -> bool:
+    """Return whether a launcher, such as torchrun, has started this process, be it one of several or alone."""
+    return "RANK" in os.environ
+
+
 def ranks_per_machine() -> int:
     """Return how many of the launched processes are on this machine; all of them, where the launcher does not say."""
     size = os.environ.get("LOCAL_WORLD_SIZE", "")

@@ -195,6 +195,16 @@ class FinetuneConfig(DataOptions, ModelOptions):
         "none", "devices", "With --shard, keep the shards in the host's memory: cpu.", decides="engine"
     )
 
+    processes: int | None = option(
+        None,
+        "devices",
+        "Processes that this command starts on this machine, one for each device.",
+        unit="processes",
+        auto="one for each card with --shard full or grads, else one",
+        ge=1,
+        decides="nothing",
+    )
+
     lora_r: int = option(8, "LoRA", "Rank of the adapter.", ge=1, decides="shape")
     lora_alpha: Finite = option(16, "LoRA", "Scale of the adapter: the update is multiplied by alpha / r.", gt=0)
     lora_dropout: Finite = option(0.05, "LoRA", "Dropout before the adapter.", ge=0, lt=1)

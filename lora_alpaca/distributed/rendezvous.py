@@ -1,5 +1,6 @@
 """How the processes of a run meet: at a store that all of them reach, under a name of this run's own."""
 
+import json
 import os
 import time
 from datetime import timedelta
@@ -7,19 +8,22 @@ from typing import Any
 
 import torch
 
+from lora_alpaca.distributed.agreement import Facts, require_same
 from lora_alpaca.errors import ConfigError, RankError
 
 ABSENT = "it did not come: the others waited for it as long as --rank_timeout says"
+SAME = "every rank needs the same"
 _stores: list[Any] = []  # of this process: at most one
 _runs = 0  # of this process: the keys of one run are not those of the next
 
 
-def rendezvous(timeout: timedelta) -> dict[str, Any]:
+def rendezvous(timeout: timedelta, facts: Facts) -> dict[str, Any]:
     """Wait for every process of a run, and return the arguments of `init_process_group`.
 
     One launch may train several runs. Each meets under a name of its own: under the names of the run before, gloo waits
     for connections that are closed. The waiting is done here, since torch ignores signals while it waits. Raises
-    RankError naming a rank that does not come.
+    RankError naming a rank that does not come, and ConfigError naming one whose `facts` are not those of the others:
+    before they connect, since processes of two kinds of device would wait for each other.
     """
     global _runs
     if (world_size := int(os.environ.get("WORLD_SIZE", "1"))) == 1:
@@ -28,12 +32,15 @@ def rendezvous(timeout: timedelta) -> dict[str, Any]:
     _runs += 1
     store = torch.distributed.PrefixStore(run_prefix(), _launcher_store(deadline))  # type: ignore[attr-defined]
     store.set_timeout(timeout)
-    store.set(f"{rank} is here", "")
+    store.set(f"{rank} is here", json.dumps(facts))
+    ranks: list[Facts] = []
     for other in range(world_size):
         while not store.check([f"{other} is here"]):
             if time.monotonic() > deadline:
                 raise RankError(other, ABSENT)
             time.sleep(0.01)
+        ranks.append(json.loads(store.get(f"{other} is here") or "{}"))
+    require_same(ranks, SAME)
     return {"timeout": timeout, "store": store, "rank": rank, "world_size": world_size}
 
 

@@ -6,8 +6,10 @@ The model is never wrapped here. The one message of a training step is a `strate
 
 import hashlib
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, TypeVar
@@ -17,10 +19,12 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
 
 from lora_alpaca.config import FinetuneConfig
+from lora_alpaca.config.accelerate_launch import take_out
 from lora_alpaca.config.environment import ranks_per_machine
+from lora_alpaca.distributed.agreement import Facts, own_facts, require_same
 from lora_alpaca.distributed.heartbeat import Heartbeat
 from lora_alpaca.distributed.rendezvous import connect, rendezvous, run_prefix
-from lora_alpaca.errors import LoraAlpacaError, RankError
+from lora_alpaca.errors import ConfigError, LoraAlpacaError, RankError
 from lora_alpaca.models.device import choose_device, pick_device
 from lora_alpaca.signals import Stop
 
@@ -35,8 +39,16 @@ class World:
 
     def __init__(self, config: FinetuneConfig, stop: Stop | None = None):
         self.stop = Stop() if stop is None else stop  # a stop that no signal has asked for is false
-        on_cpu = pick_device(config.device).type == "cpu"
-        processes = PartialState(cpu=on_cpu, **rendezvous(timedelta(seconds=config.rank_timeout)))
+        self.notes = take_out(config, os.environ)
+        device = pick_device(config.device)
+        self.notes += _own_device(config, device)
+        bits = 8 if config.tune == "lora" else 16
+        spec, notes = choose_device(config, device, default_bits=bits)
+        self.notes += notes
+        facts, timeout = own_facts(config, str(spec)), timedelta(seconds=config.rank_timeout)
+        on_cpu = device.type == "cpu"
+        processes = PartialState(cpu=on_cpu, **rendezvous(timeout, facts))
+        self.spec = replace(spec, device=processes.device)
         self.rank: int = processes.process_index
         self.world_size: int = processes.num_processes
         self.per_machine = ranks_per_machine()
@@ -45,8 +57,6 @@ class World:
         self._heartbeat: Heartbeat | None = None
         if self.world_size > 1:
             self._heartbeat = Heartbeat(self.rank, self.world_size, self.stop, connect(), run_prefix())
-        bits = 8 if config.tune == "lora" else 16
-        self.spec, self.notes = choose_device(config, processes.device, default_bits=bits)
         self._accelerator = Accelerator(
             cpu=on_cpu, mixed_precision={torch.bfloat16: "bf16", torch.float16: "fp16"}.get(self.spec.dtype, "no")
         )
@@ -113,9 +123,9 @@ class World:
         numbers = self.gather(number)
         return math.nan if any(map(math.isnan, numbers)) else max(numbers)
 
-    def all_equal(self, value: str) -> bool:
-        """Return whether every rank has the same value."""
-        return len(set(self.gather(value))) == 1
+    def require_same(self, facts: Facts, remedy: str, error: type[LoraAlpacaError] = ConfigError) -> None:
+        """Raise an error, on every rank, that names a rank whose facts, name -> value, are not those of the others."""
+        require_same(self.gather(facts), remedy, error)
 
     def broadcast(self, value: Callable[[], Result]) -> Result:
         """Return on every rank what `value` returns on the main rank, where alone it is called."""
@@ -196,3 +206,31 @@ class World:
             call()
         else:
             self._heartbeat.guard(call)
+
+
+def _own_device(config: FinetuneConfig, device: torch.device) -> list[str]:
+    """Make a card this process's own, and return a note where others are left without one.
+
+    Raises ConfigError where more processes were started than there are cards, or others than --processes says.
+    """
+    started, cards = ranks_per_machine(), torch.cuda.device_count() if device.type == "cuda" else 0
+    if config.processes not in (None, started):
+        raise ConfigError(
+            f"--processes {config.processes}: the command starts that many, and here {started} run on this machine; "
+            f"leave it out, or start with torchrun --nproc_per_node={config.processes}"
+        )
+    if not cards:
+        return []
+    number = int(os.environ.get("LOCAL_RANK", "0"))
+    if number >= cards:
+        raise ConfigError(
+            f"{started} processes were started on this machine, which has {cards} {device.type} devices; one process "
+            f"needs one: start with --nproc_per_node={cards}"
+        )
+    torch.cuda.set_device(number)
+    if cards == 1 or started > 1 or "RANK" in os.environ:
+        return []
+    return [
+        f"one of {cards} devices is used; all of them by torchrun --nproc_per_node={cards} finetune.py ... (or "
+        f"--processes {cards})"
+    ]

@@ -20,8 +20,8 @@ from lora_alpaca.planning import plan as planning
 from lora_alpaca.planning.plan import Plan
 from lora_alpaca.prompts import AnyTemplate, template_from_json
 from lora_alpaca.storage.json_files import Shape, shape_of
-from lora_alpaca.storage.output_folder import RECORD, OutputFolder
-from lora_alpaca.storage.paths import user_path
+from lora_alpaca.storage.output_folder import MANIFEST, RECORD, OutputFolder
+from lora_alpaca.storage.paths import sha256, user_path
 from lora_alpaca.training.checkpointing import Checkpoints
 from lora_alpaca.training.job import Job
 from lora_alpaca.training.state import TrainState
@@ -219,6 +219,9 @@ def start(config: FinetuneConfig, world: World) -> Start:
     """
     output_dir = user_path(config.output_dir)
     folder = OutputFolder(output_dir)
+    shared = "a run resumes from a file system that all its nodes share"
+    if config.resume:
+        world.require_same({f"--output_dir {config.output_dir}": folder.status}, shared)
     if config.resume and folder.status == "finished":
         if world.is_main:
             folder.check_unlocked()
@@ -232,6 +235,9 @@ def start(config: FinetuneConfig, world: World) -> Start:
     chosen, notes = world.broadcast(lambda: _find(config, output_dir))
     if chosen is None:
         return Start(config, output_dir, notes)
+    manifest = chosen / MANIFEST
+    found = f"manifest of sha256 {sha256(manifest)[:12]}" if manifest.is_file() else "no manifest"
+    world.require_same({str(chosen): found}, shared)
     checkpoint = checkpoints.load(chosen)
     _require_complete(checkpoint, chosen / checkpoints.STATE)
     resumed = Resumed(config, output_dir, notes, checkpoint_folder=chosen, checkpoint=checkpoint)

@@ -1,5 +1,7 @@
 """What a run is made of: `identify` and `prepare` find all that can fail cheaply, `load` is the first heavy step."""
 
+import hashlib
+import json
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -21,17 +23,19 @@ from lora_alpaca.models.device import as_stored
 from lora_alpaca.models.fingerprint import hash_base
 from lora_alpaca.models.full import FullWeights
 from lora_alpaca.models.layers import check_layers
-from lora_alpaca.models.lora import LoraAdapter
+from lora_alpaca.models.lora import WEIGHTS, LoraAdapter
 from lora_alpaca.models.tokenizer import load_tokenizer
 from lora_alpaca.models.trainable import Trainable
 from lora_alpaca.planning import preflight
 from lora_alpaca.planning.plan import Plan, fill_defaults
 from lora_alpaca.prompts import fitting_template, load_template
-from lora_alpaca.storage.paths import user_path
+from lora_alpaca.storage.paths import sha256, user_path
 from lora_alpaca.training.job import Inputs, Job
 from lora_alpaca.training.progress import Progress
 from lora_alpaca.training.reading import RunRows, read_rows
 from lora_alpaca.training.resume import Start
+
+DATA = ("data_path", "val_data_path")  # the flags that name rows
 
 
 def identify(config: FinetuneConfig, rows: RunRows | None, world: World, start: Start, progress: Progress) -> Inputs:
@@ -46,9 +50,8 @@ def identify(config: FinetuneConfig, rows: RunRows | None, world: World, start: 
     config, notes = fill_defaults(config, world.world_size)
     log(*notes)
     rows = rows or read_rows(config)
-    for flag, part in zip(("data_path", "val_data_path"), rows.parts, strict=False):
-        if not world.all_equal(part.digest):
-            raise DataError(f"--{flag} {part.data_path}: the processes read different rows; is it being written?")
+    read = {f"--{flag}": f"rows of sha256 {part.digest[:12]}" for flag, part in zip(DATA, rows.parts, strict=False)}
+    world.require_same(read, "the processes read different rows; is a file being written?", DataError)
     base = locate_base(config.base_model, config.revision, config.trust_remote_code)
     spec, notes = as_stored(world.spec, base.config, base.name, config)
     log(*notes)
@@ -64,7 +67,18 @@ def identify(config: FinetuneConfig, rows: RunRows | None, world: World, start: 
 def record(inputs: Inputs, world: World) -> dict[str, Any]:
     """Return the record of a run of these inputs that begins, but for what becomes of their rows."""
     with world.main_process_first():  # the others find the hashes of its files in the cache
-        return inputs.record(world.world_size, hash_base(inputs.base))
+        described = inputs.record(world.world_size, hash_base(inputs.base))
+    world.require_same(_contents(inputs, described), "every rank needs the same files")
+    return described
+
+
+def _contents(inputs: Inputs, described: dict[str, Any]) -> dict[str, str]:
+    """Return what the files have in them that a run's options name, but for its rows: sha256 by flag or part."""
+    template = hashlib.sha256(json.dumps(described["template"], sort_keys=True).encode()).hexdigest()
+    found = {"--base_model": described["base_sha256"], "tokenizer": described["tokenizer_sha256"], "template": template}
+    if inputs.config.init_adapter:
+        found["--init_adapter"] = sha256(user_path(inputs.config.init_adapter) / WEIGHTS)
+    return {name: f"sha256 {digest[:12]}" for name, digest in found.items()}
 
 
 def prepare(inputs: Inputs, world: World, progress: Progress) -> Job:

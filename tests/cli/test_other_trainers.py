@@ -1,5 +1,7 @@
 """Flags of other trainers are answered by ours, all at once; the answers are a command that we take."""
 
+import json
+
 import pytest
 from command import refused
 
@@ -7,7 +9,8 @@ from lora_alpaca.cli.flags import parse
 from lora_alpaca.cli.help import type_name
 from lora_alpaca.cli.verbs import VERBS
 from lora_alpaca.config import FinetuneConfig
-from lora_alpaca.config.other_trainers import ACCUMULATION, ANY, PER_DEVICE, TABLE, Missing, Omit, translate
+from lora_alpaca.config.other_trainers import ACCUMULATION, PER_DEVICE, translate
+from lora_alpaca.config.trainer_flags import ANY, TABLE, Missing, Omit
 from lora_alpaca.errors import ConfigError
 
 OURS = FinetuneConfig.model_fields
@@ -82,10 +85,70 @@ def test_what_a_tutorial_means_is_what_we_are_told():
 
 
 def test_what_there_is_none_of_is_said():
-    line = refused("finetune", "--fsdp", "full_shard auto_wrap", "--deepspeed", "ds.json", "--tf32", "True")
-    assert "--fsdp full_shard auto_wrap: none yet (every device holds the whole base" in line
-    assert "--deepspeed ds.json: none yet (" in line
-    assert "--tf32 True: none yet (" in line
+    assert "--tf32 True: none yet (" in refused("finetune", "--tf32", "True")
+
+
+def test_sharding_by_other_names_is_ours():
+    line = refused("finetune", "--fsdp", "full_shard auto_wrap offload", "--fsdp_transformer_layer_cls_to_wrap", "X")
+    assert "--fsdp full_shard auto_wrap offload is --shard full --offload cpu; " in line
+    assert "cls_to_wrap X: leave it out (the layers are found in the model; no name is needed); " in line
+    assert line.endswith("where all weights are to be trained and no adapter, add --tune full")
+    assert "--fsdp full_shard nonsense" not in refused("finetune", "--fsdp", "full_shard nonsense")
+
+
+def test_no_class_name_can_be_given():
+    """`LLaMADecoderLayer` was an error, or a run that was many times slower; no flag of ours takes such a name."""
+    assert not [name for name in OURS if "wrap" in name or "cls" in name or "class" in name]
+
+
+STANFORD_ZERO = {
+    "zero_optimization": {
+        "stage": 3, "contiguous_gradients": True, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0,
+        "stage3_prefetch_bucket_size": 0, "stage3_param_persistence_threshold": 100, "reduce_bucket_size": 100,
+        "sub_group_size": 100000000, "offload_optimizer": {"device": "cpu", "pin_memory": True},
+        "offload_param": {"device": "cpu", "pin_memory": True}, "stage3_gather_16bit_weights_on_model_save": True,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (STANFORD_ZERO, "ds.json is --shard full --offload cpu"),
+        ({"zero_optimization": {"stage": 2}}, "ds.json is --shard grads"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "none"}}}, "ds.json is --shard full"),
+        ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "ds.json is --shard none"),
+        ({"zero_optimization": {"stage": 7}}, "ds.json: none yet (0, 1, 2 or 3)"),
+        ({"fp16": {}}, "ds.json: leave it out (ZeRO stage 3 is --shard full, stage 2 --shard grads, offload to cpu "),
+        (None, "ds.json: leave it out (ZeRO stage 3 is --shard full, stage 2 --shard grads, offload to cpu --offload "),
+    ],
+)
+def test_a_file_of_deepspeed_is_read(settings, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if settings is not None:
+        (tmp_path / "ds.json").write_text(json.dumps(settings))
+    assert f"--deepspeed {said}" in refused("finetune", "--deepspeed", "ds.json", "--use_peft", "True")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"finetuning_type": "freeze"}, "--tune full --layers top:2"),
+        ({"finetuning_type": "freeze", "freeze_trainable_layers": "3"}, "--tune full --layers top:3"),
+        ({"freeze_trainable_layers": "-2"}, ""),
+        ({"freeze_trainable_modules": "mlp"}, "--layer_parts mlp"),
+        ({"full_finetune": "True"}, "--tune full"),
+        ({"use_peft": "False"}, "--tune full"),
+        ({"optim": "adamw_bnb_8bit"}, "--optimizer adamw_8bit"),
+        ({"optim": "adafactor"}, "--optimizer adafactor"),
+        ({"num_processes": "4"}, "--processes 4"),
+        ({"fsdp": "shard_grad_op auto_wrap", "use_peft": "True"}, "--shard grads"),
+        ({"strategy": "colossalai_zero2_cpu"}, "--shard grads --offload cpu"),
+        ({"dataset": "my rows.json"}, "--data_path|my rows.json"),
+    ],
+)
+def test_what_is_trained_and_how(flags, words):
+    assert translate(flags, OURS, 1).words == (words.split("|") if "|" in words else words.split())
 
 
 @pytest.mark.parametrize("steps", ACCUMULATION)
@@ -110,10 +173,14 @@ EXAMPLES = {"--learning_rate": "1e-4", "--max_grad_norm": "1.0", "--val_set_size
             "--lora_target_modules": "q_proj", "--columns": "text=body"}  # fmt: skip
 
 
+NEEDS = {"--layer_parts": ["--tune", "full", "--layers", "top:2"], "--offload": ["--shard", "full"]}
+
+
 def answers():
     for name, answer in TABLE.items():
         for value, one in answer.items() if isinstance(answer, dict) else [(ANY, answer)]:
-            yield pytest.param(name, "something" if value == ANY else value, one, id=f"{name}={value}")
+            one = one("4") if callable(one) else one
+            yield pytest.param(name, "4" if value == ANY else value, one, id=f"{name}={value}")
 
 
 @pytest.mark.parametrize(("name", "value", "answer"), list(answers()))
@@ -129,12 +196,16 @@ def test_every_answer_of_the_table_is_true_of_our_flags(name, value, answer):
     config_class = next(verb.config for verb in VERBS.values() if flag.removeprefix("--") in verb.config.model_fields)
     if name in config_class.model_fields:
         return  # answered where another command has it
-    if "{}" in rest:
+    if rest == "{}" or "={}" in rest:
         is_switch = type_name(config_class, flag[2:]).startswith(("true", "auto"))
         value = EXAMPLES.get(flag) or ("True" if is_switch else "64")
-    found = translate({name: value}, config_class.model_fields, 1)
-    assert len(found.words) == 2 and not found.unknown
-    assert parse(config_class, found.words).is_set(flag.removeprefix("--"))
+    found, named = (
+        translate({name: value}, config_class.model_fields, 1),
+        [part.format(value) for part in answer.split()],
+    )
+    assert found.words[: len(named)] == named and not found.unknown
+    missing = [word for word in NEEDS.get(flag, []) if flag not in found.words[2:]]
+    assert parse(config_class, found.words + missing).is_set(flag.removeprefix("--"))
 
 
 def test_no_flag_of_ours_is_in_the_table():

@@ -192,7 +192,7 @@ def test_the_world_looks_at_the_stop_it_is_given():
 
 def test_one_process_agrees_with_itself():
     with World(FinetuneConfig(device="cpu")) as world:
-        assert world.all_equal("anything")
+        world.require_same({"anything": "at all"}, "")
         assert world.least(7) == 7
         assert world.broadcast(lambda: "a plan") == "a plan"
 
@@ -209,7 +209,7 @@ def test_two_runs_of_the_same_processes(tmp_path, launcher, free_port):
         "from accelerate import PartialState\n"
         "from lora_alpaca.distributed.rendezvous import rendezvous\n"
         "for number in (1, 2, 3):\n"
-        "    state = PartialState(cpu=True, **rendezvous(datetime.timedelta(seconds=20 + number)))\n"
+        "    state = PartialState(cpu=True, **rendezvous(datetime.timedelta(seconds=20 + number), {}))\n"
         "    total = torch.tensor(number * (1 + state.process_index))\n"
         "    torch.distributed.all_reduce(total)\n"
         "    assert total == 3 * number\n"
@@ -258,7 +258,7 @@ def alone(monkeypatch, free_port):
 def test_a_rank_that_does_not_come_is_named(alone, rank, other):
     alone(rank)
     with pytest.raises(RankError, match=f"rank {other} failed: it did not come: the others waited for it"):
-        rendezvous(timedelta(seconds=0.1))
+        rendezvous(timedelta(seconds=0.1), {})
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
@@ -268,7 +268,7 @@ def test_who_waits_for_the_others_hears_signals(alone, rank):
     timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
     with Stop().watching(), pytest.raises(Interrupted):
         timer.start()
-        rendezvous(timedelta(seconds=60))
+        rendezvous(timedelta(seconds=60), {})
 
 
 def test_a_port_that_is_taken(alone):
@@ -277,7 +277,7 @@ def test_a_port_that_is_taken(alone):
         taken.bind(("", int(os.environ["MASTER_PORT"])))
         taken.listen()
         with pytest.raises(ConfigError, match="the port of the variable MASTER_PORT cannot be opened"):
-            rendezvous(timedelta(seconds=5))
+            rendezvous(timedelta(seconds=5), {})
 
 
 def test_nobody_is_dead_while_all_give_signs_of_life(pair):

@@ -16,7 +16,7 @@ from lora_alpaca.data.examples import Example
 from lora_alpaca.distributed.strategy import Replicated
 from lora_alpaca.distributed.world import World
 from lora_alpaca.engine import EngineChoices, Padded, WholeModel, fitted
-from lora_alpaca.errors import TrainingError
+from lora_alpaca.errors import ConfigError, TrainingError
 from lora_alpaca.models import lora
 from lora_alpaca.models.base import load_base, locate_base
 from lora_alpaca.models.device import DeviceSpec, choose_device
@@ -65,8 +65,9 @@ def gradients(folder, rows, micro_batch_size, token_budget=None, **options):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     examples = Encoder.for_prompts(tokenizer, load_template("alpaca_short")).encode(rows)
     with World(config) as world:
-        assert world.all_equal("the same on every rank")
-        assert world.all_equal(str(world.rank)) == (world.world_size == 1)
+        world.require_same({"seed": "42"}, "")
+        with nullcontext() if world.world_size == 1 else pytest.raises(ConfigError, match="rank is 1 on rank 1"):
+            world.require_same({"rank": str(world.rank)}, "")
         assert world.least(world.rank + 5) == 5
         assert world.broadcast(lambda: world.rank) == 0
         model = with_adapter(folder, world.spec, **options)
