@@ -59,7 +59,15 @@ def test_the_wheel_holds_what_it_should_and_nothing_else(wheel):
 
 @pytest.mark.parametrize(
     "asset",
-    ["base/config.json", "base/model.safetensors", "base/tokenizer.json", "recipe.json", "instructions/", "tables/"],
+    [
+        "base/config.json",
+        "base/model.safetensors",
+        "base/tokenizer.json",
+        "recipe.json",
+        "recipe_full.json",
+        "instructions/",
+        "tables/",
+    ],
 )
 def test_the_wheel_holds_the_demo(wheel, asset):
     assert [name for name in zipfile.ZipFile(wheel).namelist() if name.startswith(f"lora_alpaca/demo/{asset}")]

@@ -91,16 +91,20 @@ class FinetuneConfig(DataOptions, ModelOptions):
     max_steps: int | None = option(
         None, "training", "Optimizer steps, instead of --num_epochs.", unit="steps", auto="from --num_epochs", ge=1
     )
-    learning_rate: Finite = option(3e-4, "training", "Peak learning rate of AdamW.", gt=0, le=1)
+    learning_rate: Finite = option(
+        3e-4, "training", "Peak learning rate; 2e-5 for --tune full, unless given.", gt=0, le=1
+    )
     lr_scheduler: Literal["linear", "cosine", "constant"] = option(
-        "linear", "training", "What the rate does after the warm-up: linear, cosine or constant."
+        "linear",
+        "training",
+        "What the rate does after the warm-up: linear, cosine or constant; cosine for --tune full, unless given.",
     )
     warmup_steps: int | None = option(
         None,
         "training",
         "Steps in which the rate rises to its peak.",
         unit="steps",
-        auto="a tenth of all, at most 100",
+        auto="a tenth of all, at most 100; for --tune full --warmup_ratio 0.03",
         ge=0,
     )
     warmup_ratio: Finite | None = option(
@@ -111,7 +115,9 @@ class FinetuneConfig(DataOptions, ModelOptions):
         ge=0,
         le=1,
     )
-    weight_decay: Finite = option(0.0, "training", "Weight decay of what is trained.", ge=0)
+    weight_decay: Finite = option(
+        0.0, "training", "Weight decay of what is trained; of a base's weights, norms and biases do not decay.", ge=0
+    )
     max_grad_norm: Finite = option(1.0, "training", "Gradients are scaled down to this norm; 0 turns it off.", ge=0)
     group_by_length: bool = option(
         False, "training", "Put rows of like length into one batch: less padding. Packs have none, and do not need it."
@@ -338,6 +344,8 @@ class FinetuneConfig(DataOptions, ModelOptions):
             raise ConfigError("--warmup_ratio and --warmup_steps exclude each other; leave one out")
         if self.layer_parts != "all" and (self.tune != "full" or self.layers == "all"):
             raise ConfigError(f"--layer_parts {self.layer_parts} is for --tune full --layers top:N")
+        if self.init_adapter and self.layers != "all":
+            raise ConfigError(f"--layers {self.layers}: --init_adapter has its own layers; leave the flag out")
         if self.tune == "full":
             self._fit_full_finetuning()
         if self.shard == "none" and (self.offload != "none" or self.shard_size):

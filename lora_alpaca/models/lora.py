@@ -24,9 +24,10 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
 
 from lora_alpaca.config import FinetuneConfig
-from lora_alpaca.errors import AdapterError
+from lora_alpaca.errors import AdapterError, ModelError
 from lora_alpaca.models import targets
 from lora_alpaca.models.base import Base
+from lora_alpaca.models.layers import decoder_layers, last_layers
 from lora_alpaca.models.trainable import State
 
 PICKLE = "adapter_model.bin"
@@ -45,7 +46,7 @@ def attach(model: Any, config: FinetuneConfig, base: Base) -> PeftModel:
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=target_modules(model, config),
+        **_where(model, config),
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
         bias="none",
@@ -92,6 +93,28 @@ def target_modules(model: Any, config: FinetuneConfig) -> list[str] | str:
         if isinstance(known, str):  # a regular expression over full names
             return known
     return targets.resolve(model, asked)
+
+
+def _where(model: Any, config: FinetuneConfig) -> dict[str, Any]:
+    """Return which modules get an adapter, and of which layers, as PEFT takes them.
+
+    Raises ModelError where a target module is not there, or in none of the layers that --layers names.
+    """
+    found = target_modules(model, config)
+    if config.layers == "all":
+        return {"target_modules": found}
+    name, layers = decoder_layers(model)
+    numbers = last_layers(config.layers, len(layers))
+    if found == "all-linear":
+        found = targets.linear_names(model)
+    elif isinstance(found, str):  # PEFT takes an expression or numbers of layers
+        (matched,) = targets.matches([found], [module for module, _ in model.named_modules()])
+        found = [one for one in matched if one.startswith(tuple(f"{name}.{number}." for number in numbers))]
+        if not found:
+            asked = ",".join(config.lora_target_modules)
+            raise ModelError(f"--lora_target_modules {asked}: matches nothing in --layers {config.layers}")
+    pattern = name.rpartition(".")[2]
+    return {"target_modules": found, "layers_to_transform": numbers, "layers_pattern": pattern}
 
 
 def _expressions(config: PeftConfig) -> list[str]:

@@ -19,6 +19,7 @@ from lora_alpaca.planning.estimate import Estimate, Free, Layout, Memory, ModelS
 
 CPU_TOKENS = 2048  # a pack on a CPU, where more would only take memory, and the smallest on a GPU
 MOST_TOKENS = 16384  # the largest on a GPU
+FULL_RECIPE = {"learning_rate": 2e-5, "lr_scheduler": "cosine", "warmup_ratio": 0.03, "weight_decay": 0.0}  # Stanford's
 COMPILE_FROM = {"cpu": 3e13, "cuda": 3e15}  # parameters x tokens of a run from which compiling pays for itself
 
 
@@ -59,8 +60,10 @@ def fill_defaults(config: FinetuneConfig, world_size: int) -> tuple[FinetuneConf
             notes.append("no --base_model given: using the tiny demo model in the package")
     if not config.data_path:
         chosen["data_path"] = UPSTREAM_DATA if config.base_model not in ("", DEMO) else DEMO
+    is_full = config.tune == "full"
     if chosen.get("base_model", config.base_model) == DEMO:
-        recipe = json.loads((demo_base().parent / "recipe.json").read_text(encoding="utf-8"))
+        name = "recipe_full.json" if is_full else "recipe.json"
+        recipe = json.loads((demo_base().parent / name).read_text(encoding="utf-8"))
         if chosen.get("data_path", config.data_path) != DEMO or config.val_data_path:
             del recipe["val_set_size"]  # it fits the demo's rows; the others fit the model
         recipe = {name: value for name, value in recipe.items() if not config.is_set(name)}
@@ -68,6 +71,11 @@ def fill_defaults(config: FinetuneConfig, world_size: int) -> tuple[FinetuneConf
             share = recipe.get("batch_size", config.batch_size) // world_size
             recipe["micro_batch_size"] = math.gcd(recipe["micro_batch_size"], share)
         notes.append("demo recipe: " + ", ".join(f"{name} {value}" for name, value in recipe.items()))
+        chosen |= recipe
+    elif is_full and (recipe := {name: value for name, value in FULL_RECIPE.items() if not config.is_set(name)}):
+        if config.warmup_steps is not None:
+            recipe.pop("warmup_ratio", None)
+        notes.append("recipe of full finetuning: " + ", ".join(f"{name} {value}" for name, value in recipe.items()))
         chosen |= recipe
     return FinetuneConfig(**{name: getattr(config, name) for name in config.model_fields_set} | chosen), notes
 
