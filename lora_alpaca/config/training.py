@@ -350,6 +350,10 @@ class FinetuneConfig(DataOptions, ModelOptions):
             self._fit_full_finetuning()
         if self.shard == "none" and (self.offload != "none" or self.shard_size):
             raise ConfigError("--offload and --shard_size are for sharded weights: --shard full, or grads")
+        if self.shard_size and world_size() % self.shard_size:
+            raise ConfigError(f"--shard_size {self.shard_size}: the {world_size()} devices are no multiple of it")
+        if self.shard in ("grads", "full") and self.use_dora:
+            raise ConfigError(f"--use_dora reads whole weights, which --shard {self.shard} spreads; leave one out")
         self.micro_batch(world_size())
         return self
 

@@ -12,7 +12,7 @@ import torch
 from lora_alpaca.data.examples import Example
 from lora_alpaca.engine.batches import Batch, micro_batches, pad
 from lora_alpaca.engine.loss import PieceLoss, cross_entropy, head_losses
-from lora_alpaca.engine.model_access import ModelAccess, WholeModel
+from lora_alpaca.engine.model_access import ModelAccess, WholeModel, through
 from lora_alpaca.engine.packing import pack, packs
 from lora_alpaca.models.layers import library_model
 
@@ -75,8 +75,9 @@ class Engine:
             return cross_entropy(logits.index_select(0, batch.indices), batch.labels)
         model = library_model(self.model)
         hidden = model.base_model(**batch.inputs(), use_cache=False)[0].flatten(0, 1)  # [tokens, W]
-        head = model.get_output_embeddings().weight  # [V, W]
-        return head_losses(hidden.index_select(0, batch.indices), head, batch.labels, self.piece_loss)
+        head, piece_loss = model.get_output_embeddings(), self.piece_loss
+        predicting = hidden.index_select(0, batch.indices)  # [T, W]
+        return through(head, lambda x: head_losses(x, head.weight, batch.labels, piece_loss), predicting)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from lora_alpaca.data.examples import Example, Examples
 from lora_alpaca.engine import patches, reference
 from lora_alpaca.engine.engines import Engine, Packed
 from lora_alpaca.engine.loss import piece_loss_in_place
+from lora_alpaca.engine.model_access import is_sharded
 from lora_alpaca.engine.pointwise import Pointwise
 from lora_alpaca.engine.reference import Reference
 from lora_alpaca.models import memory
@@ -24,6 +26,7 @@ MARGIN = 10  # a limit is at least so many times what the reference's own roundi
 LARGEST = 0.01  # but in fp32 never more than this: a fault of 2 % is never taken for rounding
 COUNTED = 128  # rows of which the cost of padding is counted
 Precision = Callable[[], AbstractContextManager[None]]  # a context in which a forward pass has the run's precision
+MOST_ENTRIES = 65_536  # of the gradient of one parameter that are compared
 LossAndGradient = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -38,18 +41,33 @@ def sample(examples: Sequence[Example], most: int = 4) -> list[Example]:
 def loss_and_gradient(
     engine: Engine, examples: Sequence[Example], precision: Precision = nullcontext
 ) -> LossAndGradient:
-    """Return the loss of some examples, and its gradient by the whole adapter as one vector, both summed in fp64."""
+    """Return the loss of some examples, and its gradient by what learns as one vector, both summed in fp64.
+
+    Of a large parameter, the vector has evenly spaced entries; of one that is sharded, those of this rank's part.
+    """
     parameters = [parameter for parameter in engine.model.parameters() if parameter.requires_grad]
-    total, parts = torch.zeros((), dtype=torch.float64), [torch.zeros(p.shape, dtype=torch.float64) for p in parameters]
+    total = torch.zeros((), dtype=torch.float64)
+    parts = [torch.zeros(len(entries(parameter)), dtype=torch.float64) for parameter in parameters]
     for batch in engine.batches(examples):
         with precision():
             loss = engine.loss(batch)
-        found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        for part, grad in zip(parts, found, strict=True):
-            if grad is not None:
-                part += grad.cpu()
+        loss.backward()  # not autograd.grad: sharded gradients are summed by hooks of the backward pass
+        for part, parameter in zip(parts, parameters, strict=True):
+            if parameter.grad is not None:
+                part += entries(parameter.grad).cpu()
+                parameter.grad = None
         total += loss.detach().cpu()
-    return total, torch.cat([part.flatten() for part in parts])
+    return total, torch.cat(parts)
+
+
+def entries(tensor: torch.Tensor) -> torch.Tensor:
+    """Return entries of a tensor, of this rank's part of one that is sharded, as a vector: all, unless it is large.
+
+    Otherwise they are evenly spaced by an odd number, so that they are of all columns of a matrix.
+    """
+    own: Any = tensor
+    flat: torch.Tensor = (own.to_local() if is_sharded(own) else own).detach().reshape(-1)
+    return flat if len(flat) <= MOST_ENTRIES else flat[:: math.ceil(len(flat) / MOST_ENTRIES) | 1]
 
 
 def difference(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
@@ -93,11 +111,12 @@ def compare(
     The limit grows with the model's own noise. That is how far rows alone, computed `again` in another right way, are
     off; it costs their time once more, and is computed only where the packs are not within the least limit.
     """
-    error = difference(loss_and_gradient(packed, rows, precision), expected)
+    access = packed.access
+    error = access.largest(difference(loss_and_gradient(packed, rows, precision), expected))
     least = EXACT if exact else ROUNDED
     if error <= least:
         return Comparison(error, least, 0.0, where)
-    measured = difference(again(), expected)
+    measured = access.largest(difference(again(), expected))
     limit = min(max(least, MARGIN * measured), LARGEST) if exact else max(least, 3 * measured)
     return Comparison(error, limit, measured, where)
 
@@ -110,12 +129,11 @@ def compare_slice(packed: Packed, alone: Reference, rows: Sequence[Example]) -> 
     base = library_model(packed.model)
     with ExitStack() as stack:
         layers = stack.enter_context(reference.first_layers(base))
-        _require_memory(
-            packed.device, reference.bytes_in(base, torch.float32) + reference.bytes_in(base, torch.float64)
-        )
+        _require_memory(packed, reference.bytes_in(base, torch.float32) + reference.bytes_in(base, torch.float64))
         stack.enter_context(reference.computing_in(base, torch.float32))
-        stack.enter_context(patches.patched(base, torch.float32, Pointwise()))
-        packed = replace(packed, piece_loss=piece_loss_in_place if patches.has_plain_head(base) else None)
+        stack.enter_context(patches.patched(base, torch.float32, Pointwise(), packed.access))
+        plain = patches.has_plain_head(base, packed.access)
+        packed = replace(packed, piece_loss=piece_loss_in_place if plain else None)
         with reference.computing_in(base, torch.float64):
             expected = loss_and_gradient(alone, rows)
         again = partial(loss_and_gradient, alone, rows)
@@ -123,9 +141,10 @@ def compare_slice(packed: Packed, alone: Reference, rows: Sequence[Example]) -> 
         return compare(packed, expected, again, rows, exact=True, where=f" in the first {layers} layers, in fp32")
 
 
-def _require_memory(device: torch.device, needed: int) -> None:
-    """Raise MemoryShortage where so many bytes are more than half of what is free."""
-    free, _ = memory.free_and_total(device)
+def _require_memory(packed: Packed, needed: int) -> None:
+    """Raise MemoryShortage where so many bytes are more than half of what is free, on any rank."""
+    free, _ = memory.free_and_total(packed.device)
+    free = int(-packed.access.largest(-free))
     if needed > free / 2:
         raise memory.MemoryShortage(f"{memory.gigabytes(needed)} are needed, {memory.gigabytes(free)} are free")
 

@@ -130,6 +130,8 @@ def _expected(alone: Reference, padded: Padded, rows: Sequence[Example], precisi
     try:
         return loss_and_gradient(alone, rows, precision)
     except Exception as error:
+        if alone.access.in_lockstep:  # another rank, which had enough, waits in a pass that this one gave up
+            raise
         memory.shortage(error)  # raises what is no shortage
     memory.release(alone.device)
     return loss_and_gradient(padded, rows, precision)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from lora_alpaca.models import quantization
+from lora_alpaca.models.quantised_linear import EightBitLinear
 
 
 class Int8Linear(torch.autograd.Function):
@@ -49,12 +50,12 @@ def int8_forward(module: Any, dtype: torch.dtype) -> Callable[[torch.Tensor], to
     stored = quantization.eight_bit_weight(module)
     if stored is None:
         return None
-    weight, scale = stored
-    bias = None if module.bias is None else module.bias.to(dtype)
+    kept = None if isinstance(module, EightBitLinear) else stored  # whose weights may be sharded between two calls
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         x = x if x.dtype == torch.float64 else x.to(dtype)
+        weight, scale = kept or (module.weight, module.scale)
         y: torch.Tensor = Int8Linear.apply(x, weight, scale)
-        return y if bias is None else y + bias
+        return y if module.bias is None else y + module.bias.to(dtype)
 
     return forward

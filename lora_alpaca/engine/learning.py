@@ -10,7 +10,7 @@ import torch
 
 from lora_alpaca.data.examples import Example
 from lora_alpaca.engine.engines import Engine
-from lora_alpaca.engine.equivalence import Precision, loss_and_gradient
+from lora_alpaca.engine.equivalence import Precision, entries, loss_and_gradient
 from lora_alpaca.errors import ModelError
 
 MORE_ROWS = 64  # that are looked at where a few leave a module without a gradient
@@ -26,7 +26,7 @@ def require_learning(
     looked at may all be routed past it, and later ones need not be.
     """
     learning = _learning(engine.model, gradient)
-    if not all(learning.values()):
+    if engine.access.largest(float(not all(learning.values()))):
         _, gradient = loss_and_gradient(engine, examples[:MORE_ROWS], precision)
         more = _learning(engine.model, gradient)
         learning = {name: found or more[name] for name, found in learning.items()}
@@ -53,7 +53,7 @@ def _learning(model: Any, gradient: torch.Tensor) -> dict[str, bool]:
     """
     parameters = [(name, part) for name, part in model.get_base_model().named_parameters() if part.requires_grad]
     found: dict[str, bool] = defaultdict(bool)
-    for (name, _), part in zip(parameters, gradient.split([part.numel() for _, part in parameters]), strict=True):
+    for (name, _), part in zip(parameters, gradient.split([len(entries(one)) for _, one in parameters]), strict=True):
         found[re.split(r"\.(?:lora_|modules_to_save)", name)[0]] |= bool(part.any())
     return found
 

@@ -7,6 +7,27 @@ from typing import Any, Protocol
 import torch
 
 
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor is spread over ranks, of which this one holds a part: a DTensor."""
+    return hasattr(tensor, "to_local")
+
+
+def through(module: torch.nn.Module, compute: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+    """Return what `compute` returns, called in the place of a module's own forward.
+
+    The weights of the module are in reach of it: the hooks around a forward gather what is sharded.
+    """
+    before = vars(module).pop("forward", None)
+    module.forward = compute
+    try:
+        result: torch.Tensor = module(*args)
+        return result
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
+
+
 class ModelAccess(Protocol):
     """What the engine asks for. Where ranks compute `in_lockstep`, every rank makes the same calls, in one order."""
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from lora_alpaca.engine import attention
 from lora_alpaca.engine.int8_linear import int8_forward
-from lora_alpaca.engine.model_access import ModelAccess, WholeModel
+from lora_alpaca.engine.model_access import ModelAccess, WholeModel, through
 from lora_alpaca.engine.pointwise import Pointwise
 from lora_alpaca.models import quantization
 
@@ -75,15 +75,17 @@ def has_plain_head(model: Any, access: ModelAccess | None = None) -> bool:
     weight, bias = getattr(head, "weight", None), getattr(head, "bias", None)
     if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
         return False
-    if (bias is not None and bias.requires_grad) or (weight.requires_grad and type(head) is not torch.nn.Linear):
+    if (bias is not None and bias.requires_grad) or (weight.requires_grad and not isinstance(head, torch.nn.Linear)):
         return False
     ids = torch.arange(4, device=weight.device)[None] % weight.shape[0]
 
     def is_a_product(ids: torch.Tensor) -> torch.Tensor:
-        hidden, weight = model.base_model(input_ids=ids, use_cache=False)[0], head.weight
+        hidden = model.base_model(input_ids=ids, use_cache=False)[0]
         expected = model(input_ids=ids, use_cache=False).logits
-        same = hidden.shape[-1] == weight.shape[-1] and torch.equal(F.linear(hidden, weight).float(), expected.float())
-        return torch.tensor(same)
+        if hidden.shape[-1] != head.weight.shape[-1]:
+            return torch.tensor(False)
+        found = through(head, lambda hidden: F.linear(hidden, head.weight), hidden)
+        return torch.tensor(torch.equal(found.float(), expected.float()))
 
     return bool((access or WholeModel()).call(is_a_product, ids))
 
@@ -106,8 +108,12 @@ def _gated_mlp(module: Any, pointwise: Pointwise) -> Forward | None:
 
 def _dequantised(module: Any) -> Forward:
     """Return the forward of an 8-bit layer in fp64, with the weights that bitsandbytes says it has."""
-    bias = None if module.bias is None else module.bias.double()
-    return lambda x: F.linear(x.double(), quantization.dequantised(module).double(), bias)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        bias = None if module.bias is None else module.bias.double()
+        return F.linear(x.double(), quantization.dequantised(module).double(), bias)
+
+    return forward
 
 
 def _in_fp64(module: Any) -> Forward:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from lora_alpaca.engine.batches import Batch
 from lora_alpaca.engine.engines import Padded
 from lora_alpaca.engine.loss import cross_entropy
+from lora_alpaca.engine.model_access import is_sharded
 from lora_alpaca.engine.patches import set_until
 from lora_alpaca.models import quantization
 from lora_alpaca.models.layers import decoder_layers
@@ -70,11 +71,14 @@ def _kind(layer: torch.nn.Module) -> tuple[Any, ...]:
 
 @contextmanager
 def computing_in(model: Any, dtype: torch.dtype) -> Iterator[None]:
-    """Within this context, a model computes in fp32 or fp64, with the values of the weights that it has."""
+    """Within this context, a model computes in fp32 or fp64, with the values of the weights that it has.
+
+    Sharded weights are cast in each call of their module, and are kept for its backward.
+    """
     short = (torch.bfloat16, torch.float16)
     with ExitStack() as undo:
         for parameter in model.parameters():
-            if parameter.is_floating_point():
+            if parameter.is_floating_point() and not is_sharded(parameter):
                 undo.callback(setattr, parameter, "data", parameter.data)
                 parameter.data = parameter.data.to(dtype)
         for buffer in model.buffers():
@@ -82,13 +86,50 @@ def computing_in(model: Any, dtype: torch.dtype) -> Iterator[None]:
                 undo.callback(setattr, buffer, "data", buffer.data)
                 buffer.data = buffer.data.to(dtype)
         for module in model.modules():
-            if (weight := quantization.four_bit_weight(module)) is not None:  # bitsandbytes itself knows no fp64
-                set_until(undo, module, "forward", _linear(weight.to(dtype), module.bias))
+            if quantization.is_four_bit(module):  # bitsandbytes itself knows no fp64
+                set_until(undo, module, "forward", _dequantised(module, dtype))
+            if any(map(is_sharded, module.parameters(recurse=False))):
+                weights = _CastWeights(dtype)
+                undo.callback(module.register_forward_pre_hook(weights.cast).remove)
+                # before other hooks, which may take away what was gathered
+                undo.callback(module.register_forward_hook(weights.restore, prepend=True, always_call=True).remove)
         yield
 
 
-def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda x: F.linear(x, weight, None if bias is None else bias.to(weight.dtype))
+class _CastWeights:
+    """Two hooks around the call of a module, within which its own weights are in `dtype`."""
+
+    def __init__(self, dtype: torch.dtype):
+        self._dtype = dtype
+        self._before: dict[str, Any] = {}
+
+    def cast(self, module: torch.nn.Module, args: Any) -> None:
+        """Put longer copies into the module; they are part of the graph, so gradients reach the weights."""
+        own: dict[str, Any] = module._parameters  # torch asks for parameters only where attributes are set
+        self._before = dict(own)
+        for name, part in self._before.items():
+            if part is not None and _is_shorter(part, self._dtype):
+                own[name] = part.to(self._dtype)
+
+    def restore(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        """Put the weights back that the module had."""
+        module._parameters.update(self._before)
+        self._before = {}
+
+
+def _is_shorter(part: torch.Tensor, dtype: torch.dtype) -> bool:
+    return part.is_floating_point() and part.dtype.itemsize < dtype.itemsize
+
+
+def _dequantised(module: Any, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the forward of a 4-bit layer in a dtype."""
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        weight = quantization.four_bit_weight(module)
+        assert weight is not None
+        return F.linear(x, weight.to(dtype), None if module.bias is None else module.bias.to(dtype))
+
+    return forward
 
 
 def bytes_in(model: Any, dtype: torch.dtype) -> int:

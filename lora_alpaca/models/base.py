@@ -136,7 +136,7 @@ def load_base(base: Base, spec: DeviceSpec) -> tuple[Any, list[str]]:
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    notes = _require_all_weights(base, model, found)
+    notes = require_all_weights(base, model, found)
     quantization.disable_repacking(model)
     if spec.bits != 16:  # what was not quantised is a view of the file, and keeps the whole of it in memory
         for parameter in model.parameters():
@@ -164,7 +164,7 @@ def without_report() -> Iterator[None]:
         transformers.utils.logging.set_verbosity(before)
 
 
-def _require_all_weights(base: Base, model: Any, found: dict[str, Any]) -> list[str]:
+def require_all_weights(base: Base, model: Any, found: dict[str, Any]) -> list[str]:
     """Return a note if weights of the files were left out. Raises ModelError if the files lack weights of the model."""
     weights = {name for name, _ in model.named_parameters()}
     left = sorted(weights & {*found["missing_keys"], *(entry[0] for entry in found["mismatched_keys"])})

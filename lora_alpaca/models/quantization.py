@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lora_alpaca.errors import ModelError
+from lora_alpaca.models.quantised_linear import EightBitLinear, FourBitLinear
 
 BITS = {8: "8-bit (LLM.int8)", 4: "4-bit (NF4)", 16: "unquantised"}
 
@@ -132,8 +133,15 @@ def _is_bitsandbytes(module: torch.nn.Module) -> bool:
     return type(module).__module__.partition(".")[0] == "bitsandbytes"
 
 
+def is_quantised(module: torch.nn.Module) -> bool:
+    """Return whether a module is a linear layer of bitsandbytes."""
+    return _is_bitsandbytes(module) and isinstance(module, torch.nn.Linear)
+
+
 def eight_bit_weight(module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Return int8 weight [out, in] and fp32 scale of its rows [out] of an 8-bit layer; None for any other module."""
+    if isinstance(module, EightBitLinear):
+        return module.weight, module.scale
     if not _is_bitsandbytes(module):
         return None
     from bitsandbytes.nn import Linear8bitLt
@@ -147,19 +155,34 @@ def eight_bit_weight(module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tenso
 
 def dequantised(module: Any) -> torch.Tensor:
     """Return the weight [out, in] of an 8-bit layer as bitsandbytes dequantises it, fp32."""
+    if isinstance(module, EightBitLinear):
+        return module.dequantised()
     from bitsandbytes.functional import int8_vectorwise_dequant
 
     return int8_vectorwise_dequant(module.state.CB, module.state.SCB)
 
 
-def four_bit_weight(module: torch.nn.Module) -> torch.Tensor | None:
-    """Return the weight [out, in] of a 4-bit layer, dequantised; None for any other module."""
+def is_four_bit(module: torch.nn.Module) -> bool:
+    """Return whether a module is a 4-bit layer."""
+    if isinstance(module, FourBitLinear):
+        return True
     if not _is_bitsandbytes(module):
-        return None
-    from bitsandbytes.functional import dequantize_4bit
+        return False
     from bitsandbytes.nn import Linear4bit
 
-    return dequantize_4bit(module.weight.data, module.weight.quant_state) if isinstance(module, Linear4bit) else None
+    return isinstance(module, Linear4bit)
+
+
+def four_bit_weight(module: torch.nn.Module) -> torch.Tensor | None:
+    """Return the weight [out, in] of a 4-bit layer, dequantised; None for any other module."""
+    if not is_four_bit(module):
+        return None
+    if isinstance(module, FourBitLinear):
+        return module.dequantised()
+    from bitsandbytes.functional import dequantize_4bit
+
+    weight: Any = module.weight
+    return dequantize_4bit(weight.data, weight.quant_state)
 
 
 class FourBits(NamedTuple):

@@ -25,9 +25,9 @@ Shape = tuple[int, ...]
 class TensorNames:
     """The names of a base's tensors in its files and in memory, of those that are the same tensors in both.
 
-    `stored` is memory -> file, `converted` are the tensors of the files that transformers makes others of. `model` is
-    the base on the meta device, `shapes` are those in the files. With `loaded`, they are those of a model, whose names
-    are taken as they are.
+    `stored` is memory -> file, `converted` are the tensors of the files that transformers makes others of, and
+    `unexpected` those that have no place in memory. `model` is the base on the meta device, `shapes` are those in the
+    files. With `loaded`, they are those of a model, whose names are taken as they are.
     """
 
     def __init__(self, model: Any, shapes: Mapping[str, Shape], loaded: bool = False):
@@ -38,12 +38,15 @@ class TensorNames:
         self._model, self._own = model, model.state_dict()
         self.stored: dict[str, str] = {}
         self.converted: list[str] = []
+        self.unexpected: list[str] = []
         for name, shape in shapes.items():
             memory, conversion = self._in_memory(name)
             if conversion is not None:
                 self.converted.append(name)
             elif memory in self._own and tuple(self._own[memory].shape) == tuple(shape):
                 self.stored[memory] = name
+            elif memory not in self._own:
+                self.unexpected.append(memory)
 
     def _in_memory(self, name: str) -> tuple[str, str | None]:
         """Return the name in memory of a tensor of a file, and what says that it is converted, None if it is not."""

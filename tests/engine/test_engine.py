@@ -3,6 +3,7 @@
 import re
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from conftest import ARCHITECTURES, LLAMA_SIZES
 from engines import CPU, VOCABULARY, error, fit, large_and_sure, make, reference, rows, settings
 
 from lora_alpaca.config import FinetuneConfig
-from lora_alpaca.engine import attention, equivalence, patches
+from lora_alpaca.engine import WholeModel, attention, equivalence, patches
 from lora_alpaca.engine.learning import require_learning
 from lora_alpaca.engine.packing import pack
 from lora_alpaca.engine.reference import first_layers
@@ -174,10 +175,11 @@ def test_a_slice_of_every_family_can_be_compared(family, changes):
 def test_a_noisy_model_has_a_wider_limit(monkeypatch):
     expected, again, packs = (torch.tensor([1.0 + off]) for off in (0.0, 1e-4, 5e-4))
     monkeypatch.setattr(equivalence, "loss_and_gradient", lambda *_: (packs, packs))
-    found = equivalence.compare(None, (expected, expected), lambda: (again, again), [], exact=True)
+    packed = SimpleNamespace(access=WholeModel())
+    found = equivalence.compare(packed, (expected, expected), lambda: (again, again), [], exact=True)
     assert found.passed
     assert (found.error, found.noise, found.limit) == pytest.approx((5e-4, 1e-4, 1e-3), rel=1e-2)
-    found = equivalence.compare(None, (expected, expected), lambda: (again * 2, again), [], exact=True)
+    found = equivalence.compare(packed, (expected, expected), lambda: (again * 2, again), [], exact=True)
     assert found.limit == equivalence.LARGEST  # whatever the noise
 
 
