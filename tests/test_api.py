@@ -78,6 +78,7 @@ def test_the_flags_of_the_scripts(script, run_script, tmp_path):
         ("convert_base", "old new revision"),
         ("verify", "endpoint model receipt api_key_file timeout"),
         ("import_meta", "old new context_length max_shard_size"),
+        ("weight_diff", "action base source target max_shard_size"),
     ],
 )
 def test_the_flags_of_the_other_commands(verb, flags):

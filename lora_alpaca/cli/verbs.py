@@ -21,6 +21,7 @@ from lora_alpaca.config import (
     ImportMetaConfig,
     ShowConfig,
     VerifyConfig,
+    WeightDiffConfig,
 )
 from lora_alpaca.config.environment import check_libraries, require_folder
 from lora_alpaca.config.options import Options
@@ -53,6 +54,7 @@ VERBS = {
     "convert_adapter": Verb(ConvertConfig, "export.imports.convert_adapter:convert_adapter"),
     "convert_base": Verb(ConvertBaseConfig, "export.imports.convert_base:convert_base"),
     "import_meta": Verb(ImportMetaConfig, "export.imports.import_meta:import_meta"),
+    "weight_diff": Verb(WeightDiffConfig, "export.weight_diff:weight_diff"),
 }
 
 

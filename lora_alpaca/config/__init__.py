@@ -5,7 +5,13 @@ This module imports neither torch nor any other heavy library, so a wrong flag i
 """
 
 from lora_alpaca.config.evaluation import EvaluateConfig
-from lora_alpaca.config.export import ConvertBaseConfig, ConvertConfig, ExportConfig, ImportMetaConfig
+from lora_alpaca.config.export import (
+    ConvertBaseConfig,
+    ConvertConfig,
+    ExportConfig,
+    ImportMetaConfig,
+    WeightDiffConfig,
+)
 from lora_alpaca.config.inference import GenerateConfig
 from lora_alpaca.config.training import FinetuneConfig
 from lora_alpaca.config.verification import VerifyConfig
@@ -21,4 +27,5 @@ __all__ = [
     "ImportMetaConfig",
     "ShowConfig",
     "VerifyConfig",
+    "WeightDiffConfig",
 ]

@@ -115,6 +115,31 @@ class ConvertBaseConfig(Options):
     revision: str | None = option(None, "model and data", "Branch, tag or commit of a base from the hub.", auto="main")
 
 
+class WeightDiffConfig(Options):
+    """Publish a model as its difference: weight_diff make BASE TUNED DIFF; weight_diff recover BASE DIFF TUNED."""
+
+    positional: ClassVar[tuple[str, ...]] = ("action", "base", "source", "target")
+
+    action: Literal["make", "recover"] = option(
+        ..., "model and data", "make a difference, or recover a model from one.", auto="none, it is required"
+    )
+    base: str = option(
+        ..., "model and data", "The base that was finetuned: a folder, or a hub id.", auto="none, it is required"
+    )
+    source: str = option(
+        ...,
+        "model and data",
+        "To make: the finetuned model, a folder or a hub id. To recover: the difference.",
+        auto="none, it is required",
+    )
+    target: str = option(
+        ..., "model and data", "Folder for what is made; it must not be there.", auto="none, it is required"
+    )
+    max_shard_size: Size = option(
+        5_000_000_000, "saving", "The most that a file of weights takes, such as 500MB or 5GB.", unit="bytes"
+    )
+
+
 class ImportMetaConfig(Options):
     """Turn Meta's original Llama checkpoint, read as tensors only, into a transformers folder: import_meta OLD NEW."""
 
