@@ -17,9 +17,12 @@ from lora_alpaca.models.device import DeviceSpec
 from lora_alpaca.models.memory import gigabytes
 from lora_alpaca.models.meta import Units, Weight
 
-SAVED_VALUES = 17  # a token, layer and unit of width: 34 bytes in 16 bits, without a score matrix (arXiv:2205.05198)
+# A backward pass keeps, of a token, the outputs of all linear layers, and 8 values a unit of width of each layer, such
+# as inputs of norms: of a GPT 17, which are 34 bytes in 16 bits (arXiv:2205.05198). An adapter keeps what it drops out.
+KEPT_VALUES, LEAST_VALUES, DROPPED_VALUES = 8, 17, 1.25
 LOGIT_VALUES = 4  # a token and piece of the vocabulary: all logits, those with a label, and the gradients of both
 FP32 = 4
+CPU_HEAP = 2  # glibc's heap over what is live in it, for buffers of a step (benchmarks/memory.py)
 EIGHT_BIT_FROM, EIGHT_BIT_BLOCK = 4096, 256  # of bitsandbytes: smaller tensors keep fp32; values that share a scale
 
 
@@ -135,7 +138,7 @@ def memory(size: ModelSize, layout: Layout, tokens: int = 0, recomputes: bool = 
     adapter = _state([Weight(shape, outputs=0, is_trained=True) for shape in size.adapter], size)
     computing = Parts(
         gathered=_gathered_bytes(size, layout.shard),
-        activations=tokens * activation_bytes(size, recomputes) + recomputes * tokens * _layer_bytes(size),
+        activations=tokens * activation_bytes(size, recomputes),
         logits=_logit_bytes(size, tokens, pads),
     )
     if layout.offloads and size.spec.device.type == "cuda":
@@ -197,18 +200,24 @@ def _gathered_bytes(size: ModelSize, shard: str) -> int:
 
 
 def activation_bytes(size: ModelSize, recomputes: bool = False) -> int:
-    """Return the bytes that a backward pass keeps of a token: of every layer, or the inputs of layers alone."""
-    return size.layers * (size.width * size.spec.dtype.itemsize if recomputes else _layer_bytes(size))
+    """Return the bytes that a backward pass keeps of a token: of all layers, or of one, and the inputs of all."""
+    values = sum(weight.outputs for weight in size.weights) + KEPT_VALUES * size.width * size.layers
+    values = max(values, LEAST_VALUES * size.width * size.layers)  # experts are no linear layers
+    adapted = sum(len(shape) > 1 for shape in size.adapter) // 2
+    values += math.ceil(DROPPED_VALUES * size.width * adapted)
+    if recomputes:
+        values = math.ceil(values / size.layers) + size.width * size.layers
+    return values * size.spec.dtype.itemsize * _heap(size)
 
 
-def _layer_bytes(size: ModelSize) -> int:
-    return SAVED_VALUES * size.width * size.spec.dtype.itemsize
+def _heap(size: ModelSize) -> int:
+    return CPU_HEAP if size.spec.device.type == "cpu" else 1
 
 
 def _logit_bytes(size: ModelSize, tokens: int, pads: bool) -> int:
     if pads:
-        return LOGIT_VALUES * size.spec.dtype.itemsize * size.vocabulary * tokens
-    return 2 * min(PIECE_BYTES, FP32 * size.vocabulary * tokens)  # a piece, and its copy or gradient
+        return LOGIT_VALUES * size.spec.dtype.itemsize * size.vocabulary * tokens * _heap(size)
+    return 2 * min(PIECE_BYTES, FP32 * size.vocabulary * tokens) * _heap(size)  # a piece, and its copy or gradient
 
 
 def most_tokens(size: ModelSize, free: int) -> int:
