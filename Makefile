@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all stress stress-long exact real clients models compare bench measure check format wheel clean
+.PHONY: help demo test test-all stress stress-long exact selftest real clients models compare bench measure check format wheel clean
 
 help:  ## say what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -36,6 +36,9 @@ stress-long: $(STAMP)  ## the same with a thousand kills and all faults; resumes
 
 exact: $(STAMP)  ## compare the gradients of packs with plain transformers, in every combination
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) tests/exact.py
+
+selftest: $(STAMP)  ## put faults into copies of the library, one by one; the self-test must find each: ten minutes
+	$(BIN)/python -m pytest tests/selftest/injected.py
 
 real: $(STAMP)  ## fetch a small pretrained model, once, and run the tests that need it: five minutes
 	$(BIN)/python tests/real_model.py

@@ -18,7 +18,7 @@ TIERS = {  # from the bottom up; in a tier from left to right
     "material": ["prompts", "models", "data", "artifacts"],
     "machinery": ["engine", "distributed", "planning"],
     "tasks": ["training", "inference", "evaluation", "export"],
-    "commands": ["cli"],
+    "commands": ["selftest", "cli"],
 }
 ROOMS = [room for rooms in TIERS.values() for room in rooms]
 

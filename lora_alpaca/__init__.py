@@ -36,6 +36,7 @@ _HOMES = {
     "ModelError": "errors",
     "RankError": "errors",
     "RunResult": "artifacts.run_record",
+    "SelfTestError": "errors",
     "Template": "prompts",
     "TemplateError": "errors",
     "TrainingError": "errors",
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
         LoraAlpacaError,
         ModelError,
         RankError,
+        SelfTestError,
         TemplateError,
         TrainingError,
     )

@@ -11,7 +11,8 @@
     ├── CheckpointError  (RuntimeError)     a checkpoint that cannot be resumed from
     ├── TrainingError    (RuntimeError)     a step that cannot be taken, such as one with a loss of NaN
     ├── RankError        (RuntimeError)     another process of the run that failed, died or hangs
-    └── ExportError      (RuntimeError)     a merge that would not answer as base + adapter does
+    ├── ExportError      (RuntimeError)     a merge that would not answer as base + adapter does
+    └── SelfTestError    (RuntimeError)     a check of the self-test that fails on this machine
 
 A message is one line: what is wrong, where (`file:row` or `--flag`) and what to do. The command line prints it as
 `error: ...` and exits with `exit_code`: 2 for wrong input, 1 for what happened while working. What it quotes of
@@ -105,3 +106,7 @@ class RankError(LoraAlpacaError, RuntimeError):
 
 class ExportError(LoraAlpacaError, RuntimeError):
     """A merged model would not answer as base + adapter does."""
+
+
+class SelfTestError(LoraAlpacaError, RuntimeError):
+    """Something that should change nothing changes a result on this machine."""

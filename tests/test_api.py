@@ -9,8 +9,8 @@ import lora_alpaca
 
 NAMES = """
     AdapterError CheckpointError ConfigError ContractError DataError ExportConfig ExportError FinetuneConfig FolderError
-    GenerateConfig Generator LoraAlpacaError ModelError RankError RunResult Template TemplateError TrainingError
-    __version__ export_hf finetune load_template
+    GenerateConfig Generator LoraAlpacaError ModelError RankError RunResult SelfTestError Template TemplateError
+    TrainingError __version__ export_hf finetune load_template
 """
 
 MODEL = "base_model revision trust_remote_code device dtype"
@@ -79,6 +79,7 @@ def test_the_flags_of_the_scripts(script, run_script, tmp_path):
         ("verify", "endpoint model receipt api_key_file timeout"),
         ("import_meta", "old new context_length max_shard_size"),
         ("weight_diff", "action base source target max_shard_size"),
+        ("selftest", f"{MODEL} only json"),
     ],
 )
 def test_the_flags_of_the_other_commands(verb, flags):

@@ -36,6 +36,8 @@ ALLOWED = {  # the rooms in order, and the earlier ones that each imports from
     "inference": {"errors", "signals", "storage", "config", "prompts", "models", "data", "artifacts", "planning"},
     "evaluation": {"errors", "storage", "config", "prompts", "models", "data", "artifacts", "inference"},
     "export": {"errors", "storage", "config", "prompts", "models", "data", "artifacts"},
+    "selftest": {"errors", "config", "prompts", "models", "data", "artifacts", "engine", "training"}
+    | {"inference", "export"},
     "cli": {"errors", "signals", "config"},  # imports the room behind a verb when its options are known to be good
 }
 NO_ROOM = {"__init__", "__main__", "_version", "demo"}  # public names, command, version; data and scripts
@@ -60,6 +62,7 @@ HOMES = {  # the rooms or files that may import a library; of torch see WITHOUT_
         "models/lora.py",
         "models/adapter_layers.py",
         "artifacts/adapter_folder.py",
+        "selftest/judge.py",
     },
     "prometheus_client": {"inference/server/metrics.py"},
     "psutil": {"models/memory.py"},
@@ -71,7 +74,7 @@ HOMES = {  # the rooms or files that may import a library; of torch see WITHOUT_
     "sentencepiece": {"models/special_tokens.py", "models/meta_tokenizer.py"},
     "tokenizers": {"data/tokenization.py", "models/meta_tokenizer.py"},
     "tqdm": {"export/progress.py", "inference/progress.py", "training/progress.py"},
-    "transformers": {"models", "engine/attention.py", "inference", "export"},
+    "transformers": {"models", "engine/attention.py", "inference", "export", "selftest"},
     "uvicorn": {"inference/server/listening.py"},
     "wandb": {"training/trackers.py"},
 }

@@ -13,6 +13,7 @@ from lora_alpaca.config.export import (
     WeightDiffConfig,
 )
 from lora_alpaca.config.inference import GenerateConfig
+from lora_alpaca.config.selftest import SelftestConfig
 from lora_alpaca.config.training import FinetuneConfig
 from lora_alpaca.config.verification import VerifyConfig
 from lora_alpaca.config.visualization import ShowConfig
@@ -25,6 +26,7 @@ __all__ = [
     "FinetuneConfig",
     "GenerateConfig",
     "ImportMetaConfig",
+    "SelftestConfig",
     "ShowConfig",
     "VerifyConfig",
     "WeightDiffConfig",

@@ -1,5 +1,6 @@
 """The options that several commands share: which data, which base model, on what device, in what precision."""
 
+import warnings
 from typing import Literal, Self
 
 from pydantic import model_validator
@@ -11,6 +12,15 @@ DEMO = "demo"  # the name of the base model and of the data inside the package
 UPSTREAM_DATA = "yahma/alpaca-cleaned"
 ADAPTER_DIR = "./lora-alpaca"
 EXPORT_DIR = "./hf_ckpt"
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", UserWarning)  # of pydantic, which has a deprecated method of this name
+
+    class JsonOption(Options):
+        """Whether what a command found is printed for programs."""
+
+        json: bool = option(False, "output", "Print the result as JSON.")  # type: ignore[assignment]
 
 
 class BaseModelOptions(Options):
