@@ -149,7 +149,7 @@ class Bench:
                 self._one_step(name) | several | where | {"shard": shard}
                 for name, shard in (("ranks", "none"), ("sharding", "full"))
             ]
-            self._ranks = TwoRanks(self.folder, runs, "GPUs, over NCCL" if on_gpus else "CPU, over gloo")
+            self._ranks = TwoRanks(self.folder, runs, "two GPUs, over NCCL" if on_gpus else "the CPU, over gloo")
 
     def gradient_of_ranks(self, name: str) -> tuple[torch.Tensor, str]:
         """Return the gradient that the optimizer gets in two processes, and where they were."""
