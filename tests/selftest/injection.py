@@ -128,7 +128,7 @@ def selftest(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "lora_alpaca", "selftest", *words],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(OFFLINE)])},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(OFFLINE)]), "OMP_NUM_THREADS": "1"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
