@@ -13,7 +13,7 @@ import torch
 
 from lora_alpaca.artifacts import companions, privacy, prompt_contract
 from lora_alpaca.artifacts.run_record import RunResult
-from lora_alpaca.artifacts.source import ModelSource
+from lora_alpaca.artifacts.source import FINETUNED, ModelSource
 from lora_alpaca.errors import TrainingError
 from lora_alpaca.models.base import Base, weight_files
 from lora_alpaca.models.meta import meta_model
@@ -25,7 +25,6 @@ from lora_alpaca.storage import atomic
 from lora_alpaca.storage.output_folder import OutputFolder
 from lora_alpaca.storage.paths import files_below
 
-KIND = "model"  # in the record
 MAX_SHARD_BYTES = 5 * 10**9
 
 
@@ -65,7 +64,7 @@ def save(output_dir: Path, model: TrainedModel, tensors: Iterable[tuple[str, tor
         files = files_below(stage)
         atomic.move_into(output_dir, stage, files)
     result = {key: value for key, value in asdict(run).items() if key != "output_dir"}
-    finished = {"kind": KIND, "status": "finished", "stop_ids": model.stop_ids, "weights": weights, "files": files}
+    finished = {"kind": FINETUNED, "status": "finished", "stop_ids": model.stop_ids, "weights": weights, "files": files}
     OutputFolder(output_dir).write_record(record | finished | {"result": result})
 
 

@@ -28,7 +28,7 @@ def published(record: Mapping[str, Any]) -> dict[str, Any]:
     public = dict(record)
     if base := public.get("base_model"):
         public |= {"base_model": _name(base), "base_is_local": os.path.isabs(base) or bool(public.get("base_is_local"))}
-    if "adapter" in public:
+    if public.get("adapter"):
         public["adapter"] = _name(public["adapter"])
     if options := public.get("options"):
         public["options"] = options | {name: _names(options[name]) for name in _OPTIONS if options.get(name)}

@@ -85,7 +85,7 @@ def describe(
     `hashes` are sha256 of base, tokenizer and data, under the names that the record has for them.
     """
     return {
-        "kind": "adapter",
+        "kind": "adapter" if config.tune == "lora" else "model",
         "status": "running",
         "run": secrets.token_hex(8),
         "base_model": base.name,

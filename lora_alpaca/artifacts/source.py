@@ -19,10 +19,11 @@ from lora_alpaca.models.fingerprint import weight_hashes
 from lora_alpaca.models.tokenizer import load_tokenizer
 from lora_alpaca.prompts import AnyTemplate, load_template
 from lora_alpaca.storage.json_files import read_json
-from lora_alpaca.storage.output_folder import read_record
+from lora_alpaca.storage.output_folder import RECORD, read_record
 from lora_alpaca.storage.paths import user_path
 
 UNCHECKED = "warning: nothing records which prompt template this model was trained with; it cannot be checked"
+FINETUNED = "model"  # the kind of a record of a model that was finetuned whole
 DEMO_TEMPLATE = "alpaca"  # answers of the demo base may use it unasked; an export must know the template
 
 
@@ -81,15 +82,20 @@ def open_source(
     """Return the adapter that `lora_weights` names (a folder or a hub id) on its base, or a model alone.
 
     Without a name, the adapter is the one in ADAPTER_DIR, if it was made for the base; `none` is no adapter. Without a
-    base either, it is the demo base. Raises ConfigError, ModelError, AdapterError, TemplateError or ContractError.
+    base either, a model that was finetuned whole in ADAPTER_DIR is taken, or the demo base. Raises ConfigError,
+    ModelError, AdapterError, TemplateError or ContractError.
     """
     named = named_base(base_model)
+    if not named and not lora_weights and is_finetuned(Path(ADAPTER_DIR)):
+        named = ADAPTER_DIR
     folder, info, notes = _choose_adapter(lora_weights, named)
     if folder is None or info is None:
         source = _open_model(named, revision, template, trust_remote_code)
         if named or lora_weights == "none":
-            kind = "merged by lora_alpaca" if source.info else "without an adapter"
-            notes.append(f"model {source.base.name}, {kind}")
+            made = "finetuned" if is_finetuned(Path(source.base.path)) else "merged"
+            notes.append(
+                f"model {source.base.name}, {f'{made} by lora_alpaca' if source.info else 'without an adapter'}"
+            )
         else:
             notes.append(f"no adapter in {ADAPTER_DIR} yet: answering with the untrained demo base")
     else:
@@ -98,6 +104,16 @@ def open_source(
         source = _on_base(folder, info, named, revision, template, trust_remote_code, DEMO_TEMPLATE)
         notes.append(f"adapter {folder} on {source.base.name}")
     return replace(source, notes=[*notes, *source.notes])
+
+
+def is_finetuned(folder: Path) -> bool:
+    """Return whether a folder holds a model that was finetuned whole, by this library."""
+    return (folder / RECORD).is_file() and read_record(folder).get("kind") == FINETUNED
+
+
+def open_finetuned(folder: Path, template: str = "", trust_remote_code: bool = False) -> ModelSource:
+    """Return a model that was finetuned whole, as a base without an adapter. Raises as `open_source` does."""
+    return _open_model(str(folder), None, template, trust_remote_code)
 
 
 def open_adapter(

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from lora_alpaca.artifacts import checkpoint, privacy
-from lora_alpaca.artifacts.source import ModelSource
+from lora_alpaca.artifacts.source import ModelSource, is_finetuned
 from lora_alpaca.config import EvaluateConfig
 from lora_alpaca.data import Rows, held_out
 from lora_alpaca.data.encoding import Choices, Encoder
@@ -76,7 +77,8 @@ def _fitted(question: Question, encoder: Encoder) -> list[Example]:
 def _record(source: ModelSource) -> dict[str, Any]:
     """Return the record of the run that made an adapter, paths included if they are still known; or an empty one."""
     if source.adapter is None:
-        return {}
+        folder = Path(source.base.path)
+        return privacy.whole(folder, read_record(folder)) if is_finetuned(folder) else {}
     if source.info is not None and source.info.checkpoint:
         return dict(checkpoint.read_state(source.adapter)["record"])
     return privacy.whole(source.adapter, read_record(source.adapter))
@@ -102,7 +104,9 @@ def _of_the_run(record: dict[str, Any], source: ModelSource) -> tuple[list[Quest
     if of_file == "data_path":
         numbers = held_out(len(rows), options["val_set_size"], options["seed"])
     if not numbers:
-        raise ConfigError(f"--data_path is missing: the run of {source.adapter} held out no rows; name some")
+        raise ConfigError(
+            f"--data_path is missing: the run of {source.adapter or source.base.name} held out no rows; name some"
+        )
     chosen = [(number, row) for number, row in enumerate(rows, start=1) if number - 1 in numbers]
     origin = f"{len(chosen):,} rows of {path} that the run held out"
     return [_question(number, row) for number, row in chosen], origin, rows.notes

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_alpaca.artifacts import adapter_folder, companions, privacy, prompt_contract, run_record
+from lora_alpaca.artifacts.source import FINETUNED
 from lora_alpaca.config import ExportConfig
 from lora_alpaca.errors import AdapterError
 from lora_alpaca.export import hub
@@ -82,8 +83,11 @@ def _merge(job: Job, formats: dict[str, Path], stage: Path) -> tuple[dict[str, A
     what = f"the merged model, as {', '.join(writers)},"
     require_space(f"--output_dir {job.output_dir}", job.output_dir, what, needed)
     merged = " + ".join(str(path) for path, _ in job.adapters)
-    log([f"merging {merged} into {job.source.base.name}: {gigabytes(needed)} are written, {model.memory}"])
+    what = f"merging {merged} into" if job.adapters else "writing"
+    log([f"{what} {job.source.base.name}: {gigabytes(needed)} are written, {model.memory}"])
     hashes = _write(model, writers)
+    if not job.adapters:  # nothing is merged, so there is nothing to prove
+        return {}, getattr(writers.get("hf"), "file_hashes", {})
     if not model.tensors.changed:
         raise AdapterError(f"{job.adapters[0][0]}: merging it changes no tensor; it is empty")
     receipt = merge_receipt.begin(job, model, hashes)
@@ -143,11 +147,11 @@ def _record(job: Job, receipt: dict[str, Any], name: str, folder: Path, weights:
     base = job.source.base
     if name != "adapter" and (whole or name == "hf"):
         record: dict[str, Any] = {
-            "kind": "merged model" if name == "hf" else name,
+            "kind": name if name != "hf" else "merged model" if job.adapters else FINETUNED,
             "status": "finished",
             "base_model": base.name,
             "base_revision": base.revision,
-            "adapter": str(job.adapters[0][0].resolve()),
+            "adapter": str(job.adapters[0][0].resolve()) if job.adapters else None,
             "stop_ids": job.stop_ids,
             "receipt": merge_receipt.figures(receipt) if receipt else None,
             "versions": run_record.versions(),

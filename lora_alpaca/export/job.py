@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lora_alpaca.artifacts import adapter_folder, prompt_contract
-from lora_alpaca.artifacts.source import ModelSource, named_base, open_adapter
+from lora_alpaca.artifacts.source import ModelSource, is_finetuned, named_base, open_adapter, open_finetuned
 from lora_alpaca.config import ExportConfig
 from lora_alpaca.errors import AdapterError, ConfigError, FolderError, ModelError
 from lora_alpaca.models import quantization
@@ -23,7 +23,8 @@ from lora_alpaca.storage.paths import user_path
 class Job:
     """Adapters with their weights, the source of the first, and what goes out with the merged model.
 
-    `dtype` is that of the weights that are written, `held` how training held the base, None if as it is stored.
+    Of a model that was finetuned whole there are no adapters, and it goes out as it is. `dtype` is that of the weights
+    that are written, `held` how training held the base, None if as it is stored.
     """
 
     config: ExportConfig
@@ -61,13 +62,17 @@ def open_job(config: ExportConfig) -> Job:
     if len(weights) != len(folders):
         raise ConfigError(f"--adapter_weights: {len(weights)} for {len(folders)} adapters in --lora_weights")
     OutputFolder(output_dir).check(config.overwrite, "remove it, or pass --overwrite")
-    sources = [
-        open_adapter(folder, config.base_model, config.revision, config.prompt_template, config.trust_remote_code)
-        for folder in folders
-    ]
+    if is_finetuned(folders[0]) and len(folders) == 1:
+        _require_of_models(config, folders[0])
+        sources = [open_finetuned(folders[0], config.prompt_template, config.trust_remote_code)]
+    else:
+        sources = [
+            open_adapter(folder, config.base_model, config.revision, config.prompt_template, config.trust_remote_code)
+            for folder in folders
+        ]
     source, notes = sources[0], list(sources[0].notes)
     named, recorded = named_base(config.base_model), source.info.base_model if source.info else ""
-    if named and recorded and named != recorded:
+    if named and recorded and named != recorded and source.adapter:
         notes.append(f"merging into {named}, as asked; the adapter records {recorded}")
     _check(sources, output_dir)
     for other in sources:
@@ -80,7 +85,7 @@ def open_job(config: ExportConfig) -> Job:
     return Job(
         config,
         output_dir,
-        list(zip(folders, weights, strict=True)),
+        [(one.adapter, weight) for one, weight in zip(sources, weights, strict=True) if one.adapter],
         source,
         tokenizer,
         template,
@@ -100,10 +105,22 @@ def _adapters(config: ExportConfig) -> list[Path]:
             raise AdapterError(
                 f"--lora_weights {folder}: no adapter there; train one first: python finetune.py --output_dir {folder}"
             )
-        adapter_folder.require_adapter("--lora_weights", folder)
+        if not is_finetuned(folder) or len(folders) > 1:
+            adapter_folder.require_adapter("--lora_weights", folder)
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise ConfigError(f"--lora_weights {config.lora_weights}: names an adapter twice")
     return folders
+
+
+def _require_of_models(config: ExportConfig, folder: Path) -> None:
+    """Raise ConfigError for what can be asked of an adapter alone."""
+    if of_adapters := [name for name in config.format if name in ("adapter", "gguf_lora")]:
+        raise ConfigError(
+            f"--format {of_adapters[0]}: {folder} is a model that was finetuned whole, and has no adapter; leave it out"
+        )
+    for name in ("base_model", "adapter_weights", "merge_into"):
+        if config.is_set(name):
+            raise ConfigError(f"--{name}: {folder} is a model that was finetuned whole; nothing is merged into another")
 
 
 def _check(sources: list[ModelSource], output_dir: Path) -> None:

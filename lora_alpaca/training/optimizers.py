@@ -23,7 +23,7 @@ def build(config: FinetuneConfig, parameters: Parameters) -> torch.optim.Optimiz
     """
     if config.optimizer != "adamw":
         raise ConfigError(f"--optimizer {config.optimizer}: not there yet")
-    return torch.optim.AdamW(_groups(config, parameters), lr=0.0)
+    return torch.optim.AdamW(_groups(config, parameters), lr=0.0, weight_decay=config.weight_decay)
 
 
 def _groups(config: FinetuneConfig, parameters: Parameters) -> list[dict[str, Any]]:

@@ -225,7 +225,7 @@ def start(config: FinetuneConfig, world: World) -> Start:
     if config.resume and folder.status == "finished":
         if world.is_main:
             folder.check_unlocked()
-        if folder.record.get("kind") != "adapter":
+        if not folder.record.get("run"):
             raise FolderError(
                 f"--resume: {output_dir} holds a model that was exported, and no run; name another folder"
             )
