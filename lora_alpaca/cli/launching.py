@@ -67,8 +67,11 @@ def launch(words: Sequence[str], config: FinetuneConfig, number: int) -> int:
     try:
         elastic_launch(launching, program)(*arguments)
     except ChildFailedError as error:
-        code = error.get_first_failure()[1].exitcode
-        return code if code >= 0 else 128 - code
+        rank, failure = error.get_first_failure()
+        if failure.exitcode >= 0:  # it has said itself how it ended
+            return failure.exitcode
+        print(f"error: rank {rank} was ended by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
+        return 128 - failure.exitcode
     except SignalException as stop:
         return 128 + stop.sigval
     finally:

@@ -1,9 +1,11 @@
 """Flags of other trainers are answered by ours, all at once; the answers are a command that we take."""
 
 import json
+import re
 
 import pytest
 from command import refused
+from conftest import ROOT
 
 from lora_alpaca.cli.flags import parse
 from lora_alpaca.cli.help import type_name
@@ -102,6 +104,9 @@ def test_no_class_name_can_be_given():
 
 
 STANFORD_ZERO = {
+    "fp16": {"initial_scale_power": 32, "loss_scale_window": 1000, "hysteresis": 2, "min_loss_scale": 1},
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
     "zero_optimization": {
         "stage": 3, "contiguous_gradients": True, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0,
         "stage3_prefetch_bucket_size": 0, "stage3_param_persistence_threshold": 100, "reduce_bucket_size": 100,
@@ -128,6 +133,20 @@ def test_a_file_of_deepspeed_is_read(settings, said, tmp_path, monkeypatch):
     if settings is not None:
         (tmp_path / "ds.json").write_text(json.dumps(settings))
     assert f"--deepspeed {said}" in refused("finetune", "--deepspeed", "ds.json", "--use_peft", "True")
+
+
+def test_every_key_of_stanford_alpaca_has_its_line_in_the_documents():
+    text = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
+    keys = [*STANFORD_ZERO, *STANFORD_ZERO["zero_optimization"], *STANFORD_ZERO["fp16"]]
+    assert not [key for key in (*keys, "pin_memory", "--fsdp_transformer_layer_cls_to_wrap") if key not in text]
+
+
+def test_the_documents_name_flags_that_are_there():
+    """Of the commands that are ours; those of torchrun stand before the script."""
+    text = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    named = [words for words in re.findall(r"finetune\.py (.*)", text) if "--" in words]
+    assert len(named) >= 6
+    assert {flag for words in named for flag in re.findall(r"--(\w+)", words)} <= OURS.keys()
 
 
 @pytest.mark.parametrize(
@@ -251,3 +270,14 @@ def test_a_program_gets_the_same_answer():
 )  # fmt: skip
 def test_flags_of_other_commands(verb, words, said):
     assert said in refused(verb, *words)
+
+
+@pytest.mark.slow
+def test_stanford_alpaca_s_own_command_runs_on_the_demo(run_script, tmp_path):
+    """With the flags that the answer to it names, on two processes: all weights of a model are trained, sharded."""
+    command = STANFORD_ALPACA.replace("org/7b", "demo").replace("rows.json", "demo")
+    words = ["--processes", "2", "--device", "cpu", "--max_steps", "2", *ours_of(command)[1]]
+    said = run_script("finetune.py", *words, cwd=tmp_path, check=True, OMP_NUM_THREADS="1").stdout
+    assert "weights sharded: full" in said
+    assert "2 steps in" in said
+    assert (tmp_path / "out" / "model.safetensors").is_file()
