@@ -6,6 +6,7 @@ import re
 import pytest
 from command import refused
 from conftest import ROOT
+from tutorials import STANFORD_ALPACA, ours_of
 
 from lora_alpaca.cli.flags import parse
 from lora_alpaca.cli.help import type_name
@@ -17,13 +18,6 @@ from lora_alpaca.errors import ConfigError
 
 OURS = FinetuneConfig.model_fields
 
-STANFORD_ALPACA = """
-    --model_name_or_path org/7b --data_path rows.json --bf16 True --output_dir out --num_train_epochs 3
-    --per_device_train_batch_size 4 --per_device_eval_batch_size 4 --gradient_accumulation_steps 8
-    --evaluation_strategy no --save_strategy steps --save_steps 2000 --save_total_limit 1 --learning_rate 2e-5
-    --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine --logging_steps 1 --fsdp full_shard auto_wrap
-    --fsdp_transformer_layer_cls_to_wrap LlamaDecoderLayer --tf32 True
-"""
 COLOSSALAI = """
     --pretrain /path/to/7b --model llama --strategy colossalai_zero2 --save_path out --dataset rows.json
     --batch_size 4 --accimulation_steps 8 --lr 2e-5 --max_datasets_size 512 --max_epochs 1 --lora_rank 8
@@ -47,21 +41,6 @@ AXOLOTL = """
     --gradient_accumulation_steps 4 --micro_batch_size 2 --num_epochs 3 --optimizer adamw_torch --lr_scheduler cosine
     --bf16 auto --flash_attention true
 """
-
-
-def ours_of(command):
-    """Return the words that the answer to a command line of another trainer proposes, with those it has from us."""
-    flags, words = {}, command.split()
-    while words:
-        name = words.pop(0).removeprefix("--")
-        value = []
-        while words and not words[0].startswith("--"):
-            value.append(words.pop(0))
-        flags[name] = " ".join(value) or "True"
-    found = translate(flags, OURS, 1)
-    proposed = dict(zip(found.words[::2], found.words[1::2], strict=True))
-    kept = {f"--{name}": value for name, value in flags.items() if name in OURS}
-    return found, [word for pair in (kept | proposed).items() for word in pair]
 
 
 @pytest.mark.parametrize("command", [STANFORD_ALPACA, COLOSSALAI, TRL, LLAMA_FACTORY])
@@ -270,14 +249,3 @@ def test_a_program_gets_the_same_answer():
 )  # fmt: skip
 def test_flags_of_other_commands(verb, words, said):
     assert said in refused(verb, *words)
-
-
-@pytest.mark.slow
-def test_stanford_alpaca_s_own_command_runs_on_the_demo(run_script, tmp_path):
-    """With the flags that the answer to it names, on two processes: all weights of a model are trained, sharded."""
-    command = STANFORD_ALPACA.replace("org/7b", "demo").replace("rows.json", "demo")
-    words = ["--processes", "2", "--device", "cpu", "--max_steps", "2", *ours_of(command)[1]]
-    said = run_script("finetune.py", *words, cwd=tmp_path, check=True, OMP_NUM_THREADS="1").stdout
-    assert "weights sharded: full" in said
-    assert "2 steps in" in said
-    assert (tmp_path / "out" / "model.safetensors").is_file()

@@ -12,6 +12,7 @@ import psutil
 import pytest
 from command import refused
 from conftest import ROOT
+from tutorials import STANFORD_ALPACA, ours_of
 
 from lora_alpaca.cli import launching
 from lora_alpaca.config import FinetuneConfig
@@ -182,6 +183,17 @@ def test_nothing_is_left_behind_by_a_command_that_is_killed(words, tmp_path):
         one.kill()
     assert not left
     assert list((tmp_path / "out").glob("checkpoint-*"))  # they were stopped, and saved
+
+
+@pytest.mark.slow
+def test_stanford_alpaca_s_own_command_runs_on_the_demo(run_script, tmp_path):
+    """With the flags that the answer to it names, on two processes: all weights of a model are trained, sharded."""
+    command = STANFORD_ALPACA.replace("org/7b", "demo").replace("rows.json", "demo")
+    words = ["--processes", "2", "--device", "cpu", "--max_steps", "2", *ours_of(command)[1]]
+    said = run_script("finetune.py", *words, cwd=tmp_path, check=True, OMP_NUM_THREADS="1").stdout
+    assert "weights sharded: full" in said
+    assert "2 steps in" in said
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 # ----------------------------------------------------------------------------------------- ranks that differ
