@@ -44,7 +44,12 @@ NO_ROOM = {"__init__", "__main__", "_version", "demo"}  # public names, command,
 
 HOMES = {  # the rooms or files that may import a library; of torch see WITHOUT_TORCH
     "accelerate": {"export/proof/streamed_model.py", "distributed/world.py", "training/trackers.py"},
-    "bitsandbytes": {"models/quantised_linear.py", "models/quantization.py", "models/quick_import.py"},
+    "bitsandbytes": {
+        "training/optimizers.py",
+        "models/quantised_linear.py",
+        "models/quantization.py",
+        "models/quick_import.py",
+    },
     "datasets": {"data/readers/files.py"},
     "fastapi": {"inference/server/app.py"},
     "filelock": {"storage/atomic.py"},

@@ -30,6 +30,7 @@ from lora_alpaca.planning import preflight
 from lora_alpaca.planning.plan import Plan, fill_defaults
 from lora_alpaca.prompts import fitting_template, load_template
 from lora_alpaca.storage.paths import sha256, user_path
+from lora_alpaca.training import optimizers
 from lora_alpaca.training.job import Inputs, Job
 from lora_alpaca.training.progress import Progress
 from lora_alpaca.training.reading import RunRows, read_rows
@@ -124,7 +125,8 @@ def _examples(inputs: Inputs, world: World, progress: Progress) -> Prepared:
 
 
 def strategy(config: FinetuneConfig, plan: Plan, world: World) -> Strategy:
-    """Return how the model of a run is spread over the ranks."""
+    """Return how the model of a run is spread over the ranks. Raises ConfigError for an optimizer that forbids it."""
+    optimizers.require_whole(config, plan.shard)
     if plan.shard == "none":
         return Replicated(world)
     from lora_alpaca.distributed.fsdp import Sharded  # a second of imports that few runs need

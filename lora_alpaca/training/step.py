@@ -210,13 +210,12 @@ class Stepper:
         return self._strategy.full_state(self.trainable)
 
     def optimizer_state(self) -> State:
-        """Return AdamW's moments on the CPU, named by parameter number and kind."""
-        state = self.optimizer.state_dict()["state"]
-        return {
-            f"{number}.{kind}": value.detach().cpu().clone()
-            for number, kinds in state.items()
-            for kind, value in kinds.items()
-        }
+        """Return a copy of the optimizer's state on the CPU, named by parameter number and kind."""
+        found = optimizers.state(self.optimizer, self._numbers(), self.parameters)
+        return {name: value.detach().to("cpu", copy=True) for name, value in found.items()}
+
+    def _numbers(self) -> list[str]:
+        return [str(number) for number in range(len(self.parameters))]
 
     def scaler_state(self) -> dict[str, Any] | None:
         """Return the loss scale of fp16, None in other precisions."""
@@ -225,11 +224,7 @@ class Stepper:
     def restore(self, weights: State, moments: State, scaler: dict[str, Any] | None) -> None:
         """Put back what `weights`, `optimizer_state` and `scaler_state` returned."""
         self._strategy.load_full_state(self.trainable, weights, "checkpoint")
-        whole = self.optimizer.state_dict()
-        for name, tensor in moments.items():
-            number, _, kind = name.partition(".")
-            whole["state"].setdefault(int(number), {})[kind] = tensor
-        self.optimizer.load_state_dict(whole)
+        optimizers.load_state(self.optimizer, self._numbers(), self.parameters, moments)
         if self.world.scaler is not None and scaler:
             self.world.scaler.load_state_dict(scaler)
 
