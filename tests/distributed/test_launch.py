@@ -10,7 +10,7 @@ import sys
 
 import psutil
 import pytest
-from command import refused
+from command import refused, run
 from conftest import ROOT
 from tutorials import STANFORD_ALPACA, ours_of
 
@@ -223,6 +223,34 @@ def test_what_is_compared():
     ours, other = own_facts(ours, "cpu"), own_facts(other, "cpu")
     assert {name for name in ours if ours[name] != other[name]} == {"--learning_rate"}
     assert {"lora_alpaca", "python", "torch", "transformers", "peft", "device", "--seed"} <= ours.keys()
+
+
+@pytest.fixture
+def another(monkeypatch):
+    """Return `another(name)`: let a second rank have something else under a name, and all else alike."""
+
+    def differ(name):
+        def gather(self, value):
+            other = value | {name: "another"} if isinstance(value, dict) and name in value else value
+            return [value, other]
+
+        monkeypatch.setattr(World, "gather", gather)
+
+    return differ
+
+
+@pytest.mark.parametrize("name", ["--data_path", "--base_model", "tokenizer", "template"])
+def test_nodes_with_other_files_end_before_the_model_is_loaded(another, words, name, no_model_loads):
+    another(name)
+    line = refused("finetune", *words("out")) if name == "--data_path" else run("finetune", *words("out")).err.strip()
+    assert line.startswith(f"error: the ranks differ: {name} is another on rank 1 and ")
+    assert "of sha256 " in line or " and sha256 " in line
+
+
+def test_nodes_that_resume_share_a_file_system(another, words, tmp_path, no_model_loads):
+    another(f"--output_dir {tmp_path / 'out'}")
+    line = refused("finetune", *words("out"), "--resume")
+    assert "out is another on rank 1 and free on rank 0; a run resumes from a file system that all its nodes" in line
 
 
 @pytest.mark.slow
