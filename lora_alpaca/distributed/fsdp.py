@@ -62,7 +62,8 @@ class Sharded(Replicated):
         model = prepare(skeleton.model)
         self._shard(model, skeleton)
         skeleton.fill(self._own)
-        self._root(lambda _: torch.zeros(()), None)  # FSDP looks for its parts now, while all layers are in the model
+        with torch.no_grad():
+            self.call(lambda _: torch.zeros(()), None)  # FSDP looks for its parts while all layers are in the model
         return model, skeleton.notes
 
     def _shard(self, model: Any, skeleton: Skeleton) -> None:
@@ -135,7 +136,9 @@ class Sharded(Replicated):
         grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
         of_shards = [grad.to_local() for grad in grads if isinstance(grad, DTensor)]
         of_whole = [grad for grad in grads if not isinstance(grad, DTensor)]
-        squares = torch.stack([grad.norm().square() for grad in of_shards] or [torch.zeros(())]).sum()
+        if not of_shards:
+            return super().clip(parameters, max_norm)
+        squares = torch.stack([grad.norm().square() for grad in of_shards]).sum()
         copies = self._mesh.size() // self._mesh["shard"].size()
         squares = self._world.sum(squares) / copies
         norm = math.sqrt(squares.item() + sum(grad.norm().square().item() for grad in of_whole))

@@ -69,7 +69,7 @@ def fitted(
     """
     begun, notes = time.perf_counter(), []
     access = access or WholeModel()
-    if spec.device.type == "cpu":
+    if spec.device.type == "cpu" and not access.in_lockstep:  # gathered weights come and go, and would all be kept
         keep_large_buffers()
     base = library_model(model)
     functions = pointwise.Pointwise()

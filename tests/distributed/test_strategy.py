@@ -1,11 +1,8 @@
-"""How a model is spread over ranks: the gradients of one message, and what sharding still needs."""
+"""How the gradients of ranks that hold the whole model become one; sharded ones are in test_fsdp.py."""
 
-import subprocess
 from types import SimpleNamespace
 
-import pytest
 import torch
-from conftest import TORCHRUN
 
 from lora_alpaca.distributed.strategy import Replicated
 
@@ -35,43 +32,3 @@ def test_one_rank_sends_nothing():
     world = SimpleNamespace(world_size=1)
     parameter = torch.nn.Parameter(torch.zeros(2))
     assert Replicated(world).reduce([parameter], [torch.tensor(2.5)]) == [2.5]
-
-
-SHARDED = """
-import os, sys
-sys.path[:0] = {path!r}
-import torch
-import transformers
-from contextlib import nullcontext
-from torch.distributed.fsdp import fully_shard
-from engines import make, rows
-from lora_alpaca.config import FinetuneConfig
-from lora_alpaca.distributed.strategy import Replicated
-from lora_alpaca.distributed.world import World
-from lora_alpaca.engine import Padded
-from lora_alpaca.models.lora import LoraAdapter
-from lora_alpaca.training.step import Stepper
-
-config = FinetuneConfig(device="cpu", load_8bit=False, dtype="fp32")
-with World(config) as world:
-    model = make("Llama")
-    for layer in model.get_base_model().model.layers:
-        fully_shard(layer)
-    fully_shard(model)
-    engine = Padded(model, torch.device("cpu"), None, 2, 0)
-    stepper = Stepper(engine, LoraAdapter(model), Replicated(world), world, config, print)
-    assert stepper.step(rows(6), 1e-3).finite
-    weights = stepper.weights()
-    assert not any(isinstance(tensor, torch.distributed.tensor.DTensor) for tensor in weights.values())
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.xfail(reason="a base sharded by FSDP2 needs a strategy of its own", raises=subprocess.CalledProcessError)
-def test_a_step_on_a_model_that_fsdp2_has_sharded(tmp_path):
-    """Two ranks, each with a part of the base. The one strategy there is sums gradients that are whole."""
-    import sys
-
-    program = tmp_path / "sharded.py"
-    program.write_text(SHARDED.format(path=sys.path))
-    subprocess.run([*TORCHRUN, str(program)], check=True, capture_output=True, timeout=120)
