@@ -25,7 +25,7 @@ FLAGS = {
         gradient_checkpointing seed lora_r lora_alpha lora_dropout
         lora_target_modules use_rslora use_dora init_adapter eval_steps save_steps logging_steps
         save_total_limit early_stopping_patience resume resume_from_checkpoint allow_change overwrite
-        on_nonfinite on_oom rank_timeout report_to wandb_project
+        on_nonfinite on_oom rank_timeout report report_rows report_answers report_to wandb_project
         wandb_run_name wandb_watch wandb_log_model
     """,
     "generate.py": f"""
@@ -39,7 +39,7 @@ FLAGS = {
 
 SHOW = """
     data_path columns skip_bad_rows prompt_template_name cutoff_len overlong train_on_inputs train_on
-    train_on_reasoning ignore_fields add_eos_token base_model revision trust_remote_code row html
+    train_on_reasoning ignore_fields add_eos_token base_model revision trust_remote_code row html worst run
 """
 EVALUATE = f"""
     {MODEL} load_4bit load_8bit merge_adapter lora_weights prompt_template data_path columns ignore_fields max_rows
@@ -74,6 +74,8 @@ def test_the_flags_of_the_scripts(script, run_script, tmp_path):
     [
         ("show", SHOW),
         ("evaluate", EVALUATE),
+        ("report", "run"),
+        ("compare", "run_a run_b html"),
         ("convert_adapter", "old new"),
         ("convert_base", "old new revision"),
         ("verify", "endpoint model receipt api_key_file timeout"),

@@ -60,7 +60,8 @@ HOMES = {  # the rooms or files that may import a library; of torch see WITHOUT_
     "huggingface_hub": {"artifacts/adapter_folder.py", "export/hub.py"},
     "llama_cpp": {"export/writers/gguf/writer.py"},
     "llguidance": {"inference/server/constraints.py"},
-    "numpy": {"data", "engine", "planning", "export/writers/gguf/writer.py"},
+    "matplotlib": {"training/report/plots.py"},
+    "numpy": {"data", "engine", "planning", "training/report/run_report.py", "export/writers/gguf/writer.py"},
     "openai": {"export/verify/endpoint.py"},
     "peft": {
         "export/proof/adapted_model.py",
@@ -71,7 +72,7 @@ HOMES = {  # the rooms or files that may import a library; of torch see WITHOUT_
     },
     "prometheus_client": {"inference/server/metrics.py"},
     "psutil": {"models/memory.py"},
-    "pyarrow": {"data/readers/arrow_rows.py", "evaluation/table.py"},
+    "pyarrow": {"data/readers/arrow_rows.py", "data/row_losses.py", "evaluation/table.py"},
     "rouge_score": {"evaluation/scores.py"},
     "pydantic": {"config", "storage/json_files.py", "export/verify/served_receipt.py", "inference/server/bodies.py"},
     "safetensors": {"models/weights.py"},

@@ -1,7 +1,8 @@
 """What of a run's record is private, and is kept beside it in a file of its own.
 
 Whoever publishes an adapter publishes `lora_alpaca.json`. The paths of a machine and pieces of the rows are therefore
-in `lora_alpaca.private.json`: with it a base is found again where it lies, without it the base has to be named.
+in `lora_alpaca.private.json`: with it a base is found again where it lies, without it the base has to be named. The
+report of the run is as private.
 """
 
 import os
@@ -14,6 +15,8 @@ from lora_alpaca.storage.json_files import read_json
 from lora_alpaca.storage.paths import user_path
 
 FILE = "lora_alpaca.private.json"
+REPORT = ("report.html", "report.md", "report.json", "row_losses.parquet")  # of a run, with rows in it
+FILES = (FILE, *REPORT)
 ABOUT = "Not to be published: paths of this machine and pieces of the rows. The adapter works without this file."
 _PARTS = ("options", "ledger")  # of a record, that are split key by key
 _OPTIONS = (

@@ -12,6 +12,7 @@ from lora_alpaca.cli.help import help_text, overview
 from lora_alpaca.cli.launching import end_with_launcher, launch, processes
 from lora_alpaca.cli.streams import BROKEN_PIPE, OutputError, usable_streams
 from lora_alpaca.config import (
+    CompareConfig,
     ConvertBaseConfig,
     ConvertConfig,
     EvaluateConfig,
@@ -19,6 +20,7 @@ from lora_alpaca.config import (
     FinetuneConfig,
     GenerateConfig,
     ImportMetaConfig,
+    ReportConfig,
     SelftestConfig,
     ShowConfig,
     VerifyConfig,
@@ -53,6 +55,8 @@ VERBS = {
     "verify": Verb(VerifyConfig, "export.verify.verification:verify", makes_folder=False),
     "selftest": Verb(SelftestConfig, "selftest.testing:selftest", makes_folder=False),
     "show": Verb(ShowConfig, "data.visualization:show", makes_folder=False),
+    "report": Verb(ReportConfig, "training.report.redrawing:report"),
+    "compare": Verb(CompareConfig, "training.report.comparing:compare", makes_folder=False),
     "convert_adapter": Verb(ConvertConfig, "export.imports.convert_adapter:convert_adapter"),
     "convert_base": Verb(ConvertBaseConfig, "export.imports.convert_base:convert_base"),
     "import_meta": Verb(ImportMetaConfig, "export.imports.import_meta:import_meta"),

@@ -13,12 +13,14 @@ from lora_alpaca.config.export import (
     WeightDiffConfig,
 )
 from lora_alpaca.config.inference import GenerateConfig
+from lora_alpaca.config.reporting import CompareConfig, ReportConfig
 from lora_alpaca.config.selftest import SelftestConfig
 from lora_alpaca.config.training import FinetuneConfig
 from lora_alpaca.config.verification import VerifyConfig
 from lora_alpaca.config.visualization import ShowConfig
 
 __all__ = [
+    "CompareConfig",
     "ConvertBaseConfig",
     "ConvertConfig",
     "EvaluateConfig",
@@ -26,6 +28,7 @@ __all__ = [
     "FinetuneConfig",
     "GenerateConfig",
     "ImportMetaConfig",
+    "ReportConfig",
     "SelftestConfig",
     "ShowConfig",
     "VerifyConfig",

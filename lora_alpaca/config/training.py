@@ -299,6 +299,31 @@ class FinetuneConfig(DataOptions, ModelOptions):
         ge=1,
         decides="nothing",
     )
+    report: bool = option(
+        True,
+        "progress and saving",
+        "Keep report.html and report.md in --output_dir: what was run, its curves, and what it changed on which rows.",
+        decides="nothing",
+    )
+    report_rows: int | None = option(
+        None,
+        "progress and saving",
+        "Training rows whose loss the report has, before and after.",
+        unit="rows",
+        auto="a hundredth of those trained on, at most 2000",
+        ge=0,
+        decides="nothing",
+    )
+    report_answers: int | None = option(
+        None,
+        "progress and saving",
+        "Validation rows that are answered for the report, before and after; 0 turns it off.",
+        unit="rows",
+        auto="8, within a hundredth of the run's time",
+        ge=0,
+        le=256,
+        decides="nothing",
+    )
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = option(
         "none", "progress and saving", "Also send the figures to tensorboard, wandb or trackio.", decides="nothing"
     )

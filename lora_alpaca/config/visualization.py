@@ -1,9 +1,12 @@
 """The options of showing rows."""
 
-from typing import ClassVar
+from typing import ClassVar, Self
+
+from pydantic import model_validator
 
 from lora_alpaca.config.options import Names, option
-from lora_alpaca.config.shared import BaseModelOptions, DataOptions
+from lora_alpaca.config.shared import ADAPTER_DIR, BaseModelOptions, DataOptions
+from lora_alpaca.errors import ConfigError
 
 
 class ShowConfig(DataOptions, BaseModelOptions):
@@ -16,9 +19,31 @@ class ShowConfig(DataOptions, BaseModelOptions):
     }
 
     row: Names = option(["1"], "what to show", "Which rows: their numbers in the order of the data, from 1.")
+    worst: int | None = option(
+        None,
+        "what to show",
+        "The so many rows that cost the model of --run most, which is read with that run's options.",
+        unit="rows",
+        auto="none",
+        ge=1,
+    )
+    run: str = option(
+        "",
+        "what to show",
+        "Output folder of a run with a report, for --worst.",
+        auto=ADAPTER_DIR,
+    )
     html: str | None = option(
         None,
         "what to show",
         "Write a web page of the rows to this file; without --row, of the first 100.",
         auto="the terminal",
     )
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        if self.worst is not None and self.is_set("row"):
+            raise ConfigError("--row and --worst both say which rows; give one of them")
+        if self.run and self.worst is None:
+            raise ConfigError(f"--run {self.run} is for --worst N: which rows of that run to show")
+        return self

@@ -97,3 +97,11 @@ class Questions(Iterable[Question]):
         except RowError as error:
             return Question(number, where, None, None, f"{where}: {error}", own_id)
         return Question(number, where, conversation, answer, "", own_id)
+
+
+def prompt_text(conversation: Conversation | None) -> str:
+    """Return what was asked as people read it: an instruction and its input, or all turns with their roles."""
+    if conversation is None:
+        return ""
+    texts = [(message.role, "\n\n".join(message.texts())) for message in conversation.messages]
+    return texts[0][1] if len(texts) == 1 else "\n\n".join(f"{role}: {text}" for role, text in texts)

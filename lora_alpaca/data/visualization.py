@@ -3,18 +3,19 @@
 import html
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, groupby
 from pathlib import Path
 
 from lora_alpaca.config import ShowConfig
-from lora_alpaca.config.shared import DEMO
-from lora_alpaca.data import Rows
+from lora_alpaca.config.shared import ADAPTER_DIR, DEMO, BaseModelOptions, DataOptions
+from lora_alpaca.data import Rows, row_losses
 from lora_alpaca.data.encoding import Encoder
 from lora_alpaca.data.examples import Example
 from lora_alpaca.data.preparation import are_documents
-from lora_alpaca.errors import ConfigError, FolderError, visible
+from lora_alpaca.data.row_losses import RowLoss
+from lora_alpaca.errors import ConfigError, DataError, FolderError, visible
 from lora_alpaca.models.base import locate_base
 from lora_alpaca.models.tokenizer import load_tokenizer
 from lora_alpaca.prompts import Conversation, fitting_template, load_template
@@ -22,39 +23,109 @@ from lora_alpaca.storage import atomic
 from lora_alpaca.storage.paths import user_path
 
 ROWS_ON_A_PAGE = 100
+READ_WITH = {*DataOptions.model_fields, *BaseModelOptions.model_fields}  # the options by which a run reads its rows
 _MARK = "<!-- lora-alpaca show -->"
 _LEARNED, _SEEN, _CUT, _PLAIN = ("\033[30;42m", "\033[30;102m"), "\033[2m", "\033[9;31m", "\033[0m"  # two greens
 Token = tuple[str, str]  # its text, and whether it is learned, seen or cut
 
 
+@dataclass(frozen=True)
+class Shown:
+    """A row as it is shown: where it is from, one line on it, and its tokens."""
+
+    where: str
+    summary: str
+    tokens: list[Token]
+
+
 def show(config: ShowConfig) -> None:
     """Print the rows that a config names, or write them to a page. Raises what training on them would raise."""
-    template = load_template(config.prompt_template_name) if config.prompt_template_name else None
     target = None if config.html is None else _target(user_path(config.html))
-    rows = Rows(config.data_path or DEMO, config.columns, config.skip_bad_rows, config.ignore_fields)
-    numbers = (
-        _numbers(config.row, len(rows)) if config.is_set("row") or target is None else range(1, ROWS_ON_A_PAGE + 1)
-    )
+    found = _worst(config) if config.worst is not None else [_named(config, target is not None)]
+    coloured = "NO_COLOR" not in os.environ and (sys.stdout.isatty() or "FORCE_COLOR" in os.environ)
+    if target is None:
+        print(*(_in_terminal(row, coloured) for _, rows in found for row in rows), sep="\n\n")
+        return
+    of_rows = [row for _, rows in found for row in rows]
+    atomic.remove_hidden(target.parent, of=target.name, locked=False)
+    atomic.replace(target, page(visible(found[0][0]), of_rows).encode())
+    print(f"{len(of_rows)} rows written to {visible(str(target))}")
+
+
+def _named(config: ShowConfig, on_page: bool) -> tuple[str, list[Shown]]:
+    """Return a title and the rows of the numbers that a config names; on a page, without any, the first ones."""
+    _check_template(config)
+    rows = _rows(config)
+    everything = on_page and not config.is_set("row")
+    numbers = range(1, ROWS_ON_A_PAGE + 1) if everything else _numbers(config.row, len(rows))
+    return _shown(config, rows, dict.fromkeys(numbers, ""))
+
+
+def _worst(config: ShowConfig) -> list[tuple[str, list[Shown]]]:
+    """Return the rows that cost a run's model most, the highest loss first, by the file that they are numbered in.
+
+    They are read with the options of that run, but for those that are set. Raises DataError where there are no losses.
+    """
+    folder = user_path(config.run or ADAPTER_DIR)
+    losses, facts = row_losses.read(folder / row_losses.FILE)
+    known = {name: value for name, value in facts["options"].items() if name in READ_WITH and value is not None}
+    said = {name: getattr(config, name) for name in config.model_fields_set & READ_WITH}
+    options = ShowConfig(**known | said)
+    highest = sorted((row for row in losses if row.loss is not None), key=lambda row: -(row.loss or 0.0))
+    apart = facts["options"].get("val_data_path")
+    found = []
+    for path, part in ((options.data_path, "training"), (apart, "validation")) if apart else ((options.data_path, ""),):
+        chosen = [row for row in highest[: config.worst] if not part or row.part == part]
+        notes = {row.number: f"{row.part}, {row.costs}" for row in chosen}
+        if not notes:
+            continue
+        one = options.model_copy(update={"data_path": path})
+        _check_template(one)
+        rows = _rows(one)
+        if max(notes) > len(rows) or any(row.where not in ("", where) for row, where in _wheres(rows, chosen)):
+            raise DataError(
+                f"{path}: not the rows of the run in {folder} any more; name a run of these rows with --run"
+            )
+        found.append(_shown(one, rows, notes))
+    return found
+
+
+def _wheres(rows: Rows, chosen: Sequence[RowLoss]) -> Iterator[tuple[RowLoss, str]]:
+    """Yield the chosen rows, each with where the row of its number is now."""
+    of_number = {row.number: row for row in chosen}
+    for number, row in enumerate(rows, start=1):
+        if number in of_number:
+            yield of_number[number], row.where
+
+
+def _check_template(config: ShowConfig) -> None:
+    """Raise TemplateError, before anything is read, where the template that a config names is none."""
+    if config.prompt_template_name:
+        load_template(config.prompt_template_name)
+
+
+def _rows(config: ShowConfig) -> Rows:
+    return Rows(config.data_path or DEMO, config.columns, config.skip_bad_rows, config.ignore_fields)
+
+
+def _shown(config: ShowConfig, rows: Rows, notes: Mapping[int, str]) -> tuple[str, list[Shown]]:
+    """Return a title, and the rows of some numbers, from 1, in the order of their notes, which are told with them."""
+    template = load_template(config.prompt_template_name) if config.prompt_template_name else None
     base = locate_base(config.base_model or DEMO, config.revision, config.trust_remote_code)
-    tokenizer, notes = load_tokenizer(base)
-    print(*(f"{visible(note)}\n" for note in [*rows.notes, *notes]), sep="", end="", file=sys.stderr)
+    tokenizer, said = load_tokenizer(base)
+    print(*(f"{visible(note)}\n" for note in [*rows.notes, *said]), sep="", end="", file=sys.stderr)
     template = (template or fitting_template(rows.formats, tokenizer)).bound(tokenizer)
     encoder = Encoder.from_options(tokenizer, template, config, base.vocabulary)
-    chosen = [row for number, row in enumerate(rows, start=1) if number in set(numbers)]
+    of_number = {number: row for number, row in enumerate(rows, start=1) if number in notes}
+    chosen = [number for number in notes if number in of_number]
+    encoded = encoder.encode_rows([of_number[number] for number in chosen])
     joined = are_documents(rows)
     of_rows = [
-        shown(row, example, encoder, joined)
-        for row, examples in zip(chosen, encoder.encode_rows(chosen), strict=True)
+        shown(of_number[number], example, encoder, joined, notes[number])
+        for number, examples in zip(chosen, encoded, strict=True)
         for example in examples
     ]
-    title = f"{config.data_path or DEMO}, template {template.name}, tokenizer of {base.name}"
-    if target is None:
-        coloured = "NO_COLOR" not in os.environ and (sys.stdout.isatty() or "FORCE_COLOR" in os.environ)
-        print(*(_in_terminal(row, coloured) for row in of_rows), sep="\n\n")
-        return
-    atomic.remove_hidden(target.parent, of=target.name, locked=False)
-    atomic.replace(target, page(visible(title), of_rows).encode())
-    print(f"{len(of_rows)} rows written to {visible(str(target))}")
+    return f"{config.data_path or DEMO}, template {template.name}, tokenizer of {base.name}", of_rows
 
 
 def _numbers(given: Sequence[str], rows: int) -> list[int]:
@@ -109,22 +180,16 @@ def _summary(encoded: Example, encoder: Encoder) -> str:
     return f"{len(kept.ids)} tokens, {kept.mask().sum()} of them learned{cut}"
 
 
-@dataclass(frozen=True)
-class Shown:
-    """A row as it is shown: where it is from, one line on it, and its tokens."""
-
-    where: str
-    summary: str
-    tokens: list[Token]
-
-
-def shown(row: Conversation, encoded: Example, encoder: Encoder, joined: bool) -> Shown:
+def shown(row: Conversation, encoded: Example, encoder: Encoder, joined: bool, note: str = "") -> Shown:
     """Return a row as it is shown; `joined` says that the rows are documents, which training puts end to end."""
+    note = f"{note}; " if note else ""
     if not joined:
-        return Shown(visible(row.where), _summary(encoded, encoder), tokens(encoded, encoder))
+        return Shown(visible(row.where), note + _summary(encoded, encoder), tokens(encoded, encoder))
     pieces = map(visible, encoder.text.pieces(encoded.ids.tolist()))
     blocks = f"documents are put end to end and learned in blocks of --cutoff_len {encoder.choices.cutoff_len}"
-    return Shown(visible(row.where), f"{len(encoded.ids)} tokens; {blocks}", [(text, "learned") for text in pieces])
+    return Shown(
+        visible(row.where), f"{note}{len(encoded.ids)} tokens; {blocks}", [(text, "learned") for text in pieces]
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- terminal

@@ -1,14 +1,13 @@
 """The page of an evaluation: scores, and the answers side by side. It has its data in it and loads nothing."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_alpaca.data.questions import Question
+from lora_alpaca.data import web_page
+from lora_alpaca.data.questions import Question, prompt_text
 from lora_alpaca.errors import visible
 from lora_alpaca.evaluation.scores import SCORES, Answered, with_error
-from lora_alpaca.evaluation.table import prompt_text
 
 FILE = "index.html"
 LESS_IS_BETTER = {"loss": True, "exact_match": False, "rouge_l": False, "stopped": False, "repetition": True}
@@ -37,8 +36,8 @@ def page(result: Mapping[str, Any], questions: Sequence[Question], answered: Map
         ],
         "rows": rows,
     }
-    text = json.dumps(data, ensure_ascii=False).replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-    return (Path(__file__).parent / "page.html").read_text(encoding="utf-8").replace("__DATA__", text)
+    blank = (Path(__file__).parent / "page.html").read_text(encoding="utf-8").replace("__STYLE__", web_page.STYLE)
+    return blank.replace("__DATA__", web_page.as_data(data))
 
 
 def _model(row: Answered) -> dict[str, Any]:

@@ -1,15 +1,12 @@
 """Scores of answers, each with its standard error: how far off it may be for the chance of which rows there are."""
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lora_alpaca.data.text_scores import SIZE, repetition, words
 from lora_alpaca.evaluation.losses import Loss
-
-_WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
-SIZE = 4  # words that are repeated, for `repetition`
 
 
 @dataclass(frozen=True)
@@ -49,11 +46,6 @@ def scored(answer: str, expected: str | None, loss: Loss, stopped: bool, tokens:
     )
 
 
-def words(text: str) -> list[str]:
-    """Return the words of a text in lower case, of any script; of scripts without spaces, the characters."""
-    return _WORDS.findall(text.lower())
-
-
 def rouge_l() -> Callable[[str, str], float]:
     """Return a function of the expected and the given text that returns their ROUGE-L as a share."""
     from rouge_score.rouge_scorer import RougeScorer
@@ -64,13 +56,6 @@ def rouge_l() -> Callable[[str, str], float]:
 
     scorer = RougeScorer(["rougeL"], tokenizer=Tokenizer())
     return lambda expected, answer: float(scorer.score(expected, answer)["rougeL"].fmeasure)
-
-
-def repetition(text: str) -> float:
-    """Return the share of the text's runs of four words that stood in it before; 0 for fewer than five words."""
-    found = words(text)
-    runs = [tuple(found[first : first + SIZE]) for first in range(len(found) - SIZE + 1)]
-    return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
 # ------------------------------------------------------------------------------------------------------ over all rows

@@ -7,9 +7,8 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from lora_alpaca.data.questions import Question
+from lora_alpaca.data.questions import Question, prompt_text
 from lora_alpaca.evaluation.scores import Answered
-from lora_alpaca.prompts import Conversation
 
 FILE = "answers.parquet"
 SCORES = ("exact_match", "rouge_l", "stopped", "tokens", "repetition")
@@ -33,11 +32,3 @@ def write(path: Path, questions: Sequence[Question], answered: Mapping[str, Sequ
             columns[f"{name}_{score}"] = [getattr(row, score) for row in rows]
         columns[f"{name}_error"] = [row.error or None for row in rows]
     pyarrow.parquet.write_table(pyarrow.table(columns), path)
-
-
-def prompt_text(conversation: Conversation | None) -> str:
-    """Return what was asked as people read it: an instruction and its input, or all turns with their roles."""
-    if conversation is None:
-        return ""
-    texts = [(message.role, "\n\n".join(message.texts())) for message in conversation.messages]
-    return texts[0][1] if len(texts) == 1 else "\n\n".join(f"{role}: {text}" for role, text in texts)

@@ -17,7 +17,9 @@ from lora_alpaca.storage.output_folder import RECORD
 
 REPOSITORY = re.compile(r"(?P<owner>[\w.-]+)/[\w.-]+", re.ASCII)
 PUBLIC = "is there already, and everybody can read it; pass --private false if that is meant"
-NEVER = re.compile(rf"{re.escape(privacy.FILE)}|checkpoint-\d+|\..*")  # names of files, and of folders on the way
+NEVER = re.compile(
+    rf"{'|'.join(map(re.escape, privacy.FILES))}|checkpoint-\d+|\..*"
+)  # names of files, and of folders on the way
 
 
 def require_login(repository: str, private: bool = True) -> None:

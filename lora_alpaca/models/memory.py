@@ -75,6 +75,13 @@ def describe_free(device: torch.device) -> str:
     return f"{free / 1e9:.1f} of {whole / 1e9:.1f} GB are free"
 
 
+def in_use(device: torch.device) -> int:
+    """Return the most bytes that this process has had on a CUDA device; elsewhere those that it has now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)
+
+
 def release(device: torch.device) -> None:
     """Free what is cached, before a second attempt with less."""
     gc.collect()

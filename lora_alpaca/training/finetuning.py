@@ -12,6 +12,7 @@ from lora_alpaca.training import checkpointing, resume, setup
 from lora_alpaca.training.loop import Loop
 from lora_alpaca.training.progress import Progress, minutes
 from lora_alpaca.training.reading import RunRows
+from lora_alpaca.training.report.run_report import RunReport
 from lora_alpaca.training.step import Stepper
 from lora_alpaca.training.trackers import Tracker
 
@@ -68,14 +69,16 @@ def train(config: FinetuneConfig, rows: RunRows | None = None) -> RunResult:
             checkpointing.require_shared(start.output_dir, world)
         tracker = Tracker(job.config, world.is_main, log)
         tracker.start(model, start.tracker_id)
+        report = RunReport(job, inputs.rows, plan, stepper, start.output_dir, notes, log)
 
         # 6. Train: steps, validation, checkpoints
         with stop.deferred():
-            Loop(job, plan, stepper, saver, start.output_dir, record, state, progress, tracker).run()
+            Loop(job, plan, stepper, saver, start.output_dir, record, state, progress, tracker, report).run()
 
             # 7. Save: the best weights, with tokenizer, prompt contract and record
             result = saver.finish(job, record, state)
             world.barrier()
+            report.finish(state, result)
         tracker.finish(start.output_dir)
         what = "adapter" if job.config.tune == "lora" else "model"
         log(f"{what} saved in {start.output_dir}: {result.steps} steps in {minutes(result.seconds)}{_gain(result)}")

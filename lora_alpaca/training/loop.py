@@ -12,13 +12,15 @@ from typing import Any
 from lora_alpaca.artifacts import checkpoint as checkpoints
 from lora_alpaca.data.sampler import Sampler
 from lora_alpaca.errors import RankError, TrainingError
+from lora_alpaca.models import memory
 from lora_alpaca.planning.plan import Plan
 from lora_alpaca.signals import Interrupted, StepAbandoned
 from lora_alpaca.training.checkpointing import Checkpoints
 from lora_alpaca.training.job import Job
 from lora_alpaca.training.progress import Progress
+from lora_alpaca.training.report.run_report import RunReport
 from lora_alpaca.training.state import TrainState
-from lora_alpaca.training.step import ShortageError, Step, Stepper
+from lora_alpaca.training.step import Evaluation, ShortageError, Step, Stepper
 from lora_alpaca.training.trackers import Tracker
 
 MOST_FAILED_SAVES = 3  # in a row
@@ -40,10 +42,11 @@ class Loop:
         state: TrainState,
         progress: Progress,
         tracker: Tracker,
+        report: RunReport,
     ):
         self.config, self.train, self.validation = job.config, job.train, job.validation
         self.plan, self.stepper, self.saver, self.output_dir, self.record = plan, stepper, saver, output_dir, record
-        self.state, self.progress, self.tracker = state, progress, tracker
+        self.state, self.progress, self.tracker, self.report = state, progress, tracker, report
         self.world, self.stop = stepper.world, stepper.world.stop
         config = self.config
         self.sampler = Sampler(self.train.lengths, config.batch_size, config.seed, config.group_by_length)
@@ -67,7 +70,7 @@ class Loop:
         try:
             while True:
                 if self._validation_is_due():
-                    self._validate()
+                    self.report.validated(state, self._validate())
                 if state.step >= plan.total_steps or self._should_stop_early():
                     return
                 if self._checkpoint_is_due():
@@ -75,6 +78,7 @@ class Loop:
                     self._check_saves()
                 if asked := self._signal():
                     raise Interrupted(asked, self._saved_before_leaving())
+                self.report.update(state, self.saved)
                 self._step()
         except StepAbandoned:
             raise Interrupted(self.stop.asked, self._saved_before_leaving(alone)) from None
@@ -121,6 +125,7 @@ class Loop:
     def _log(self, rate: float, grad_norm: float, speed: float) -> None:
         state, loss = self.state, self.state.mean_loss()
         figures = {"loss": loss, "learning_rate": rate, "grad_norm": grad_norm, "tokens_per_second": speed}
+        figures["memory"] = memory.in_use(self.world.device)
         self.progress.interval(state.step, loss, rate, speed)
         state.history.append({"step": state.step, **figures})
         self.tracker.track(figures, state.step)
@@ -171,16 +176,17 @@ class Loop:
         is_regular = step % plan.eval_steps == 0 or step == plan.total_steps
         return len(self.validation) > 0 and is_regular and self.state.validated != step
 
-    def _validate(self) -> None:
-        """Measure the validation loss; the adapter with the best one is kept."""
+    def _validate(self) -> Evaluation:
+        """Measure the validation loss, and return all that was measured; the adapter with the best one is kept."""
         state = self.state
-        loss = self.stepper.evaluate(self.validation).loss
+        found = self.stepper.evaluate(self.validation)
+        loss = found.loss
         self._record_batch_size()
         state.validated = state.step
         if state.step == 0:
             state.first_loss = loss
             self.progress.log(f"validation loss {loss:.4f} before the first step")
-            return
+            return found
         state.history.append({"step": state.step, "validation_loss": loss})
         self.tracker.track({"validation_loss": loss}, state.step)
         state.without_gain += 1
@@ -191,6 +197,7 @@ class Loop:
         )
         if self._should_stop_early():
             self.progress.log(f"stopped early: {state.without_gain} validations without a better loss")
+        return found
 
     def _should_stop_early(self) -> bool:
         patience = self.config.early_stopping_patience

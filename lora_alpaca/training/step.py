@@ -5,6 +5,7 @@ update is the same however the rows are cut up. (A mean of micro-batch means is 
 """
 
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -47,10 +48,11 @@ class Step:
 
 @dataclass
 class Evaluation:
-    """The losses of some rows: the mean per label, and the sum over the labels of each row, in nats."""
+    """The losses of some rows: the mean per label, and the sum over the labels of each row, in nats; and the time."""
 
     loss: float
     by_row: list[float]
+    seconds: float
 
 
 class Stepper:
@@ -163,6 +165,7 @@ class Stepper:
         Raises TrainingError if they are not finite: such an adapter is never the best, and is always reported.
         """
         self.model.eval()
+        begun = time.perf_counter()
         order = sorted(range(len(examples)), key=lambda row: len(examples[row].ids))  # like lengths: little padding
         by_length = [examples[row] for row in order]
         with self.world.stop.interruptible():
@@ -170,7 +173,8 @@ class Stepper:
         loss, labels, *sums = totals.tolist()
         if not math.isfinite(loss):
             raise TrainingError(f"the validation loss is {loss}; try --dtype fp32, or a lower --learning_rate")
-        return Evaluation(loss / labels, [nats for _, nats in sorted(zip(order, sums, strict=True))])
+        by_row = [nats for _, nats in sorted(zip(order, sums, strict=True))]
+        return Evaluation(loss / labels, by_row, time.perf_counter() - begun)
 
     def _losses(self, examples: Sequence[Example]) -> torch.Tensor:
         """Return the summed loss, the number of labels, and the summed loss of each row, float64 [2 + rows]."""

@@ -260,7 +260,7 @@ def test_a_template_that_never_ends_is_refused_in_one_line_and_what_follows_goes
     begun = time.monotonic()
     with pytest.raises(TemplateError, match=r"^the chat template takes more than 0\.3 s for one conversation"):
         load_template("chat").bound(tokenizer)
-    assert time.monotonic() - begun < 60  # of hours
+    assert time.monotonic() - begun < 5
     tokenizer.chat_template = source
     assert learned_texts(encoder_of(tokenizer), talk(1)) == [ANSWERS[0] + "<|im_end|>"]
 

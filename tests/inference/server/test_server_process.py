@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -55,13 +54,6 @@ def wait_until_well(process, port):
     return statuses
 
 
-def requests_in(port):
-    """Return how many answers are being made or wait, and how many requests for some have been answered."""
-    figures = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False).text
-    patterns = (r"lora_alpaca_answers_(?:running|waiting)", r"lora_alpaca_requests_total\{[^}]*chat[^}]*\}")
-    return [sum(float(value) for value in re.findall(rf"^{pattern} ([\d.]+)$", figures, re.M)) for pattern in patterns]
-
-
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_server_in_order(free_port, number, code):
     """What is short finishes, what is endless is cut and told so, what comes late is refused; all in 5 seconds."""
@@ -79,12 +71,9 @@ def test_a_signal_ends_the_server_in_order(free_port, number, code):
             endless = NEVER_ENDS | {"n": 8, "temperature": 1, "top_p": 1, "stop": ["\0"]}
             questions = {"stream": endless | {"stream": True}, "whole": endless} | questions
         threads = [threading.Thread(target=ask, args=(name,), kwargs=more) for name, more in questions.items()]
-        end = time.monotonic() + PATIENCE
         for thread in threads:
-            before = requests_in(free_port)
             thread.start()
-            while all(now <= then for now, then in zip(requests_in(free_port), before, strict=True)):
-                assert time.monotonic() < end
+        time.sleep(0.3)
         since = time.monotonic()
         process.send_signal(number)
         _, errors = process.communicate(timeout=30)
