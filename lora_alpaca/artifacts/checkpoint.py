@@ -26,12 +26,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lora_alpaca.errors import CheckpointError, ConfigError, TrainingError
 from lora_alpaca.models.lora import CONFIG, WEIGHTS
 from lora_alpaca.models.trainable import State
-from lora_alpaca.models.weights import as_safetensors, load_tensors
+from lora_alpaca.models.weights import as_safetensors, is_finite, load_tensors
 from lora_alpaca.storage import atomic
 from lora_alpaca.storage.json_files import Count, Shape, read_json, require_object
 from lora_alpaca.storage.output_folder import MANIFEST, read_manifest, remove_checkpoint, remove_former
@@ -90,7 +88,7 @@ def save(output_dir: Path, run: str, checkpoint: Checkpoint, settings: dict[str,
 
 def not_finite(tensors: State) -> str:
     """Return the name of a tensor that has NaN or infinity in it, nothing where none has."""
-    return next((name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()), "")
+    return next((name for name, tensor in tensors.items() if not is_finite(tensor)), "")
 
 
 def no_longer_finite(step: int, name: str) -> str:

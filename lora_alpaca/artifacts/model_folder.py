@@ -19,7 +19,7 @@ from lora_alpaca.models.base import Base, weight_files
 from lora_alpaca.models.meta import meta_model
 from lora_alpaca.models.shards import Shards, ShardWriter
 from lora_alpaca.models.tensor_names import TensorNames
-from lora_alpaca.models.weights import TensorInfo
+from lora_alpaca.models.weights import TensorInfo, is_finite
 from lora_alpaca.prompts import AnyTemplate
 from lora_alpaca.storage import atomic
 from lora_alpaca.storage.output_folder import OutputFolder
@@ -78,7 +78,7 @@ def _write_weights(
     for name, tensor in tensors:
         for written, part in layout.as_stored(name, tensor).items():
             part = part.to(layout.trained[written].dtype)
-            if not torch.isfinite(part).all():
+            if not is_finite(part):
                 raise TrainingError(
                     f"{written} holds NaN or infinity as {part.dtype}, so the model is not saved; --resume goes on "
                     "from the last checkpoint"

@@ -106,8 +106,7 @@ class Sharded(Replicated):
         """Return what a forward pass of the model returns, its weights gathered layer by layer."""
         result: torch.Tensor = self._root(compute, batch)
         if not torch.is_grad_enabled():  # no backward follows, which would let go of what is gathered
-            for part in _sharded_parts(self._root):
-                part.reshard()
+            self.forget_gathered()
         return result
 
     @contextmanager
@@ -119,6 +118,11 @@ class Sharded(Replicated):
             yield
         finally:
             holder.reshard()
+
+    def forget_gathered(self) -> None:
+        """Let go of weights that a pass has left gathered: their shards were changed in place."""
+        for part in _sharded_parts(self._root):
+            part.reshard()
 
     def largest(self, number: float) -> float:
         """Return the largest of the numbers of all ranks; NaN if one of them is."""

@@ -112,7 +112,7 @@ class Heartbeat:
             return found
         calls = {rank: int(self._get(rank, "alive").split()[1]) for rank in self.others}
         slowest = min(calls, key=calls.__getitem__)
-        hangs = calls[slowest] < self.calls
+        hangs = calls[slowest] < self.calls or "timed out" in error.lower()  # FSDP2's own calls are not counted
         return slowest, "it hangs: the others waited for it as long as --rank_timeout says" if hangs else error
 
     def _causes(self) -> dict[int, str]:

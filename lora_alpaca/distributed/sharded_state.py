@@ -148,37 +148,34 @@ def gather(
 ) -> None:
     """Let `consume` have whole tensors on the main rank, one after the other, on the CPU; every rank calls this.
 
-    They come in their order, in `dtype` if one is given, and each is there until the next one is asked for: the main
-    rank holds the largest of them beside its own part, and no rank more than that. Raises OSError on all ranks where
-    `consume` raises it.
+    They come in their order, in `dtype` if one is given: the main rank holds, beside its own part, those that `consume`
+    has not let go of, and the others hold no more than theirs. Raises OSError on all ranks where `consume` raises it.
     """
     rows = world.gather({name: _rows(tensor) for name, tensor in tensors.items()})
 
-    def whole() -> Iterator[tuple[str, torch.Tensor]]:
-        buffer = torch.empty(
-            max((_whole_bytes(tensor, dtype) for tensor in tensors.values()), default=0), dtype=torch.uint8
-        )
+    def stream() -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in tensors.items():
             world.broadcast(lambda: True)
-            if not isinstance(tensor, DTensor):
-                yield name, tensor.detach().to("cpu", dtype)
-                continue
-            kind = dtype or tensor.dtype
-            filled = buffer[: _whole_bytes(tensor, dtype)].view(kind).view(tensor.shape)
-            begin = 0
-            for rank, found in enumerate(rows):
-                part = filled[begin : begin + found[name]]
-                if rank == 0:
-                    part.copy_(local(tensor))
-                elif found[name]:
-                    world.receive(part, rank)
-                begin += found[name]
-            yield name, filled
+            yield name, whole(name, tensor)  # of which nothing is kept here
+
+    def whole(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, DTensor):
+            return tensor.detach().to("cpu", dtype)
+        found = torch.empty(tensor.shape, dtype=dtype or tensor.dtype)
+        begin = 0
+        for rank, of_rank in enumerate(rows):
+            part = found[begin : begin + of_rank[name]]
+            begin += of_rank[name]
+            if rank == 0:
+                part.copy_(local(tensor))
+            elif len(part):
+                world.receive(part, rank)
+        return found
 
     def serve() -> None:
         if world.is_main:
             try:
-                consume(whole())
+                consume(stream())
             finally:
                 world.broadcast(lambda: False)
             return
@@ -207,7 +204,3 @@ def _rows(tensor: torch.Tensor) -> int:
     place = tensor.device_mesh.get_coordinate()
     assert place is not None
     return 0 if any(place[:-1]) else local(tensor).shape[0]
-
-
-def _whole_bytes(tensor: torch.Tensor, dtype: torch.dtype | None) -> int:
-    return tensor.numel() * (dtype or tensor.dtype).itemsize if isinstance(tensor, DTensor) else 0

@@ -40,6 +40,9 @@ class Strategy(ModelAccess, Protocol):
     def clip(self, parameters: Sequence[torch.nn.Parameter], max_norm: float) -> float:
         """Scale the gradients down to a norm, and return the norm before; a limit of infinity only measures."""
 
+    def forget_gathered(self) -> None:
+        """Let go of copies of weights that were changed in place."""
+
     def full_state(self, trainable: Trainable) -> State:
         """Return the trained tensors, whole and on the CPU, on the main rank."""
 
@@ -81,6 +84,9 @@ class Replicated(WholeModel):
     def clip(self, parameters: Sequence[torch.nn.Parameter], max_norm: float) -> float:
         """Scale the gradients down to a norm, and return the norm before."""
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm).item()
+
+    def forget_gathered(self) -> None:
+        """Do nothing: there are no copies."""
 
     def full_state(self, trainable: Trainable) -> State:
         """Return the trained tensors of this rank, which are those of all."""

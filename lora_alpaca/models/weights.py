@@ -18,6 +18,7 @@ DTYPES = {  # by their names in safetensors files
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+AT_ONCE = 2**22  # elements that are looked at together
 MOST_VIEWS = 4  # times that a pickle may name what it holds; tied weights are named twice
 
 
@@ -78,6 +79,11 @@ class MappedFile:
     def _info(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         found = self._file.get_slice(name)
         return DTYPES[found.get_dtype()], tuple(found.get_shape())
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor holds neither NaN nor infinity; it takes little memory of its own."""
+    return all(bool(torch.isfinite(piece).all()) for piece in tensor.reshape(-1).split(AT_ONCE))
 
 
 def as_safetensors(tensors: Mapping[str, torch.Tensor]) -> bytes:

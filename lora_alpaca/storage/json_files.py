@@ -28,9 +28,10 @@ def read_plain_file(path: Path, most: int = LARGEST) -> bytes:
     """Return the bytes of a file. Raises OSError for what is no file, and ValueError for one of more than `most`."""
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     with os.fdopen(descriptor, "rb") as file:  # a pipe is opened without waiting for who writes to it
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
             raise OSError(22, "is not a plain file", str(path))
-        data = file.read(most + 1)
+        data = file.read(min(most, found.st_size) + 1)  # as much memory is taken as is asked for
     if len(data) > most:
         raise ValueError(f"larger than {most // 2**20} MB")
     return data

@@ -153,7 +153,7 @@ class FullCheckpoints:
 
     def restore(self, folder: Path, checkpoint: Checkpoint) -> None:
         """Put back what a checkpoint holds, which as many ranks or others have written."""
-        sharded_state.read(folder / WEIGHT_PARTS, self._weights(), self._world)
+        self._read_weights(folder)
         if (folder / OPTIMIZER_PARTS).is_dir():
             self._restore_optimizer(folder / OPTIMIZER_PARTS)
         if self._world.scaler is not None and checkpoint.facts["scaler"]:
@@ -195,7 +195,11 @@ class FullCheckpoints:
     def _read_best(self, folder: Path) -> None:
         if reason := self._world.broadcast(lambda: checkpoints.verify(folder)):
             raise CheckpointError(f"{folder}: {reason}")
+        self._read_weights(folder)
+
+    def _read_weights(self, folder: Path) -> None:
         sharded_state.read(folder / WEIGHT_PARTS, self._weights(), self._world)
+        self._stepper.strategy.forget_gathered()  # what the check at start has left gathered is not these weights
 
     def _weights(self) -> State:
         trainable = self._stepper.trainable

@@ -73,7 +73,7 @@ class Stepper:
         self.world = world
         self.parameters = trainable.parameters
         self.optimizer = optimizers.build(config, self.parameters)
-        self._strategy = strategy
+        self.strategy = strategy
         self._max_norm = config.max_grad_norm or math.inf
         self._shrinks = config.on_oom == "shrink"
         self._log = log
@@ -90,7 +90,7 @@ class Stepper:
             loss = self._within_memory(lambda: self._gradient(examples, labels))
             if scaler is not None:
                 scaler.unscale_(self.optimizer)
-            norm = self._strategy.clip(self.parameters, self._max_norm)
+            norm = self.strategy.clip(self.parameters, self._max_norm)
         step = Step(loss, norm, labels, sum(len(example.ids) for example in examples))
         step.overflow = scaler is not None and math.isfinite(loss) and not math.isfinite(norm)
         for group in self.optimizer.param_groups:
@@ -116,14 +116,14 @@ class Stepper:
         try:
             batches = self.engine.batches(examples, self.world.rank, self.world.world_size)
             for batch, is_last in _with_last(batches):
-                with self._strategy.accumulate(is_last):
+                with self.strategy.accumulate(is_last):
                     with self.world.autocast():
                         part = self.engine.loss(batch) / labels
                     self.world.backward(part)
                 loss += part.detach()
                 own_labels += batch.weights.sum()
         except (RuntimeError, MemoryError) as error:
-            shortage = memory.shortage(error)  # raises what is no shortage
+            shortage = self._shortage(error)
         return self._reduce(loss, own_labels, labels, shortage)
 
     def _reduce(self, loss: torch.Tensor, own_labels: torch.Tensor, labels: int, shortage: str) -> float:
@@ -133,7 +133,7 @@ class Stepper:
         memory, all ranks know it from this message.
         """
         short = torch.full_like(loss, float(bool(shortage)))
-        total, counted, ranks_short = self._strategy.reduce(self.parameters, [loss, own_labels, short])
+        total, counted, ranks_short = self.strategy.reduce(self.parameters, [loss, own_labels, short])
         if ranks_short:
             raise memory.MemoryShortage(shortage or "on another rank")
         if self.world.world_size > 1 and counted != labels:
@@ -141,6 +141,17 @@ class Stepper:
                 f"the ranks counted {counted:.0f} labels in a step of {labels}: do all read the same data file?"
             )
         return total
+
+    def _shortage(self, error: Exception) -> str:
+        """Return what an error says of too little memory, or raise what is no shortage.
+
+        Raises MemoryShortage where the other ranks compute in lockstep: they wait for this one in another call than
+        the one that would tell them, and hear of it when this one ends.
+        """
+        text = memory.shortage(error)
+        if self.strategy.in_lockstep:
+            raise memory.MemoryShortage(text)
+        return text
 
     def _within_memory(self, compute: Callable[[], Item]) -> Item:
         """Return what `compute` returns; under --on_oom shrink it is retried with ever smaller batches."""
@@ -187,7 +198,7 @@ class Stepper:
                 totals[:2] += torch.tensor([loss.item(), batch.weights.sum().item()], dtype=torch.float64)
                 totals[2:-1].index_add_(0, torch.tensor(batch.rows), by_row.double().cpu())
         except (RuntimeError, MemoryError) as error:
-            shortage = memory.shortage(error)
+            shortage = self._shortage(error)
             totals = torch.zeros_like(totals)
             totals[-1] = 1
         totals = self.world.sum(totals)
@@ -211,7 +222,7 @@ class Stepper:
 
     def weights(self) -> State:
         """Return the trained tensors, whole and on the CPU; every rank calls it."""
-        return self._strategy.full_state(self.trainable)
+        return self.strategy.full_state(self.trainable)
 
     def optimizer_state(self) -> State:
         """Return a copy of the optimizer's state on the CPU, named by parameter number and kind."""
@@ -227,7 +238,7 @@ class Stepper:
 
     def restore(self, weights: State, moments: State, scaler: dict[str, Any] | None) -> None:
         """Put back what `weights`, `optimizer_state` and `scaler_state` returned."""
-        self._strategy.load_full_state(self.trainable, weights, "checkpoint")
+        self.strategy.load_full_state(self.trainable, weights, "checkpoint")
         optimizers.load_state(self.optimizer, self._numbers(), self.parameters, moments)
         if self.world.scaler is not None and scaler:
             self.world.scaler.load_state_dict(scaler)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from lora_alpaca.artifacts import checkpoint as checkpoints
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.distributed import sharded_state
+from lora_alpaca.distributed.strategy import Replicated
 from lora_alpaca.distributed.world import World
 from lora_alpaca.errors import CheckpointError, TrainingError
 from lora_alpaca.models.full import FullWeights
@@ -45,7 +46,11 @@ def trainer(model: torch.nn.Module, world: World, optimizer: str = "adamw") -> S
     trainable = FullWeights(model)
     parameters = trainable.parameters
     return SimpleNamespace(
-        world=world, trainable=trainable, parameters=parameters, optimizer=optimizers.build(config, parameters)
+        world=world,
+        strategy=Replicated(world),
+        trainable=trainable,
+        parameters=parameters,
+        optimizer=optimizers.build(config, parameters),
     )
 
 

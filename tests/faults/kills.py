@@ -72,10 +72,10 @@ def chaos(times: int, folder: Path) -> Report:
     return report
 
 
-def uninterrupted(scene: Scene) -> Path:
+def uninterrupted(scene: Scene, begin: Callable[[Scene, Path], Running] = forked) -> Path:
     """Return the folder of the run that was never killed."""
     whole = scene.fresh("whole")
-    if (ended := forked(scene, whole).ended()).code != 0:
+    if (ended := begin(scene, whole).ended()).code != 0:
         raise RuntimeError(ended.last())
     return whole
 

@@ -16,8 +16,10 @@ GRADIENT = "lora_alpaca.training.step:Stepper._gradient"
 LOSS = "lora_alpaca.engine.engines:Engine.loss"  # (engine, batch)
 BATCHES = "lora_alpaca.engine.engines:Packed.batches"  # (engine, examples, ...)
 SAVE = "lora_alpaca.artifacts.checkpoint:save"
+SAVE_PARTS = "lora_alpaca.training.checkpointing:FullCheckpoints._write"  # by every rank
 REMOVE = "lora_alpaca.artifacts.checkpoint:remove"  # by a rotation
 FINAL_SAVE = "lora_alpaca.artifacts.adapter_folder:save"
+SAVE_MODEL = "lora_alpaca.artifacts.model_folder:save"
 
 
 def wrap(name: str, around: Callable[[Any], Any]) -> Callable[[], None]:

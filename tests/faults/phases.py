@@ -56,6 +56,8 @@ def note(trace: Path) -> None:
     file, write, done = os.open(trace, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666), os.write, 0
 
     def begin(phase: str) -> None:
+        if os.environ.get("RANK", "0") != "0":
+            return
         write(file, f"{phase}\t{done}\t{time.monotonic()}\n".encode())
 
     def begins(phase: str, end: str = "") -> Callable[[Any], Any]:
@@ -89,9 +91,11 @@ def note(trace: Path) -> None:
     library.wrap(library.ENTER_WORLD, begins("load"))  # signals are caught by then, and all ranks are there
     library.wrap(library.STEP, counted("train", "stepped"))
     library.wrap(library.VALIDATE, counted("validate"))
-    library.wrap(library.SAVE, begins("save"))
     library.wrap(library.REMOVE, begins("rotate"))
-    library.wrap(library.FINAL_SAVE, begins("final save", "end"))
+    for name in (library.SAVE, library.SAVE_PARTS):
+        library.wrap(name, begins("save"))
+    for name in (library.FINAL_SAVE, library.SAVE_MODEL):
+        library.wrap(name, begins("final save", "end"))
 
 
 class WhenImported(MetaPathFinder):

@@ -42,9 +42,10 @@ SHARES = {  # of each part's cases, in a `stress` of at most half an hour on two
     "signals": 0.15,
     "baseline": 0.25,
     "rank_faults": 0.25,
+    "sharded": 0.2,
     "cost": 1.0,
 }
-ALONE = ("rank_faults", "cost")  # they take times
+ALONE = ("rank_faults", "sharded", "cost")  # they take times
 KILLS, CHUNK = {"stress": 0.2, "stress-long": 1.0}, 50
 
 

@@ -3,9 +3,11 @@
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -28,13 +30,14 @@ PATIENCE = 300  # seconds; a machine may be busy with other things
 
 @dataclass
 class Running:
-    """A process of ours that works into `out`; what it says goes to `log`."""
+    """A process of ours that works into `out`; what it says goes to `log`. Of two ranks it is the first one."""
 
     process: psutil.Process
     log: Path
     out: Path
     options: dict[str, Any]
     code: int | None = None
+    ranks: int = 1
 
     def said(self) -> str:
         """Return everything it has said so far."""
@@ -63,10 +66,10 @@ class Running:
         return False
 
     def send(self, number: int, everyone: bool = False) -> bool:
-        """Send a signal, to the whole group if `everyone`; return whether the process was there to get it."""
+        """Send a signal, to the whole group if `everyone`, or of ranks; return whether the process was there."""
         if self.over():
             return False
-        os.killpg(self.process.pid, number) if everyone else os.kill(self.process.pid, number)
+        os.killpg(self.process.pid, number) if everyone or self.ranks > 1 else os.kill(self.process.pid, number)
         return True
 
     def ended(self, patience: float = PATIENCE) -> Ended:
@@ -95,6 +98,46 @@ def copied(work: Callable[[], None], scene: Scene, out: Path, options: dict[str,
     """Begin some work in a copy of this process."""
     log = scene.folder / f"{out.name}.said"
     return Running(psutil.Process(process_of(work, log)), log, out, scene.options | options)
+
+
+def other_rank(scene: Scene, out: Path) -> Path:
+    """Return the file that has the number of the second rank's process."""
+    return scene.folder / f"{out.name}.other"
+
+
+def pair(scene: Scene, out: Path, before: Callable[[int], Any] | None = None, **options: Any) -> Running:
+    """Begin `finetune` on two ranks, both copies of this process, in which `before` is called first with the rank."""
+    words = _words(scene, out, options)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    def work() -> None:
+        os.setsid()
+        os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        other = os.fork()
+        rank = int(other == 0)
+        if not rank:
+            other_rank(scene, out).write_text(str(other))
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        code = 70
+        try:
+            if before is not None:
+                before(rank)
+            main(["finetune", *words])
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 70
+        except BaseException:
+            traceback.print_exc()
+        if rank:
+            sys.stdout.flush()
+            os._exit(code)
+        os.waitpid(other, 0)
+        sys.exit(code)
+
+    running = copied(work, scene, out, options)
+    running.ranks = 2
+    return running
 
 
 def typed(scene: Scene, out: Path, **options: Any) -> Running:

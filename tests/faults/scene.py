@@ -26,7 +26,7 @@ from lora_alpaca.storage.output_folder import MANIFEST, RECORD
 from .phases import Entry, note, read
 
 PATIENCE = 120  # seconds for one command
-ADAPTER = "adapter_model.safetensors"
+ADAPTER, MODEL = "adapter_model.safetensors", "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -186,15 +186,16 @@ def make_model(folder: Path, seed: int = 0) -> None:
         transformers.LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def tensors(folder: Path, name: str = ADAPTER) -> dict[str, torch.Tensor]:
-    """Return the tensors of a file in a folder, none where there is no whole one."""
+def tensors(folder: Path, name: str = "") -> dict[str, torch.Tensor]:
+    """Return the tensors of a file in a folder, by default of what a run has trained; none where it is not whole."""
+    name = name or (MODEL if (folder / MODEL).exists() else ADAPTER)
     try:
         return load_file(folder / name)
     except Exception:
         return {}
 
 
-def same(one: Path, other: Path, name: str = ADAPTER) -> bool:
+def same(one: Path, other: Path, name: str = "") -> bool:
     """Return whether two folders hold the same tensors, to the bit."""
     first, second = tensors(one, name), tensors(other, name)
     return first.keys() == second.keys() != set() and all(torch.equal(first[key], second[key]) for key in first)
