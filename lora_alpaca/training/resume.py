@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from lora_alpaca.artifacts import checkpoint as checkpoints
-from lora_alpaca.artifacts import model_folder, privacy, run_record
+from lora_alpaca.artifacts import privacy, run_record
 from lora_alpaca.artifacts.checkpoint import Checkpoint
 from lora_alpaca.artifacts.run_record import RunResult
+from lora_alpaca.artifacts.source import FINETUNED
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.distributed.world import World
 from lora_alpaca.errors import CheckpointError, ConfigError, FolderError
@@ -108,7 +109,7 @@ class Finished(Start):
         """Return what to say instead; the adapter can be trained further on its own base and in its own shape only."""
         if changed.keys() & (FinetuneConfig.deciding("shape") | {"lora_alpha", "use_rslora", "base_sha256"}):
             return "Begin the other run with --output_dir ANOTHER, without --resume"
-        if self.recorded["kind"] == model_folder.KIND:
+        if self.recorded.get("kind") == FINETUNED:
             return f"Train its model further with --base_model {self.output_dir} --output_dir ANOTHER, without --resume"
         return f"Train its adapter further with --init_adapter {self.output_dir} --output_dir ANOTHER, without --resume"
 
