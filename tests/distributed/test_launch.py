@@ -177,10 +177,10 @@ def test_a_signal_reaches_all_and_the_exit_code_tells_it(words):
 def test_nothing_is_left_behind_by_a_command_that_is_killed(words, tmp_path):
     process, children = training(words("out", *LONG, "--logging_steps", 1))
     process.kill()
-    process.communicate(timeout=120)  # until they have ended too: the pipe is theirs
     left = psutil.wait_procs(children, timeout=120)[1]
     for one in left:
         one.kill()
+    process.communicate(timeout=120)
     assert not left
     assert list((tmp_path / "out").glob("checkpoint-*"))  # they were stopped, and saved
 
