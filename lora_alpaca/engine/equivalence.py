@@ -130,6 +130,7 @@ def compare_slice(packed: Packed, alone: Reference, rows: Sequence[Example]) -> 
     with ExitStack() as stack:
         layers = stack.enter_context(reference.first_layers(base))
         _require_memory(packed, reference.bytes_in(base, torch.float32) + reference.bytes_in(base, torch.float64))
+        stack.enter_context(reference.learning(base))
         stack.enter_context(reference.computing_in(base, torch.float32))
         stack.enter_context(patches.patched(base, torch.float32, Pointwise(), packed.access))
         plain = patches.has_plain_head(base, packed.access)

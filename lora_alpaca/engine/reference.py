@@ -70,6 +70,24 @@ def _kind(layer: torch.nn.Module) -> tuple[Any, ...]:
 
 
 @contextmanager
+def learning(model: Any) -> Iterator[None]:
+    """Within this context, something of a model learns: its norms and biases, where nothing else does.
+
+    With --layers top:N, what is trained may be above the first layers, and a gradient is what is compared.
+    """
+    parameters = list(model.parameters())
+    vectors = [one for one in parameters if one.dim() == 1 and one.is_floating_point() and not is_sharded(one)]
+    chosen = [] if any(one.requires_grad for one in parameters) else vectors
+    for parameter in chosen:
+        parameter.requires_grad_()
+    try:
+        yield
+    finally:
+        for parameter in chosen:
+            parameter.requires_grad_(False)
+
+
+@contextmanager
 def computing_in(model: Any, dtype: torch.dtype) -> Iterator[None]:
     """Within this context, a model computes in fp32 or fp64, with the values of the weights that it has.
 

@@ -112,6 +112,18 @@ def test_frozen_layers_are_held_in_the_compute_dtype_and_learning_ones_in_fp32()
         assert engine.name == "packed"
 
 
+def test_layers_below_those_that_learn_are_compared_too():
+    """The first layers of a model in 16 bits are what packs are compared on, and nothing in them learns."""
+    model = make_whole("Llama", {"layers": "top:1"}, dtype=torch.bfloat16, num_hidden_layers=4)
+    kept = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    with fit(model, settings(dtype=torch.bfloat16), rows(), partial(torch.autocast, "cpu", torch.bfloat16)) as (
+        _,
+        said,
+    ):
+        assert not any("small faults do not show" in line for line in said)
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == kept
+
+
 def test_a_norm_with_a_wrong_gradient_by_its_weight_is_not_put_in():
     def wrongly(*inputs):
         by_x, by_weight = pointwise.rms_norm_gradients(*inputs)
