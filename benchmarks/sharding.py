@@ -23,7 +23,7 @@ from typing import Any
 from results_file import write
 
 SIZES = {"hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 12, "num_key_value_heads": 12}
-LAYERS, VOCABULARY, STEPS, ROWS = 44, 8000, 5, 4
+LAYERS, VOCABULARY, STEPS, ROWS = 44, 8000, 3, 4
 MODES = ("none", "full", "offload", "grads")
 TARGETS = {"peak_ratio": 0.7}
 

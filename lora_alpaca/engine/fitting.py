@@ -19,7 +19,7 @@ import torch
 
 from lora_alpaca.data.examples import Example
 from lora_alpaca.engine import patches, pointwise
-from lora_alpaca.engine.allocator import keep_large_buffers
+from lora_alpaca.engine.allocator import keep_large_buffers, return_large_buffers
 from lora_alpaca.engine.engines import Engine, Packed, Padded
 from lora_alpaca.engine.equivalence import (
     LossAndGradient,
@@ -69,8 +69,8 @@ def fitted(
     """
     begun, notes = time.perf_counter(), []
     access = access or WholeModel()
-    if spec.device.type == "cpu" and not access.in_lockstep:  # gathered weights come and go, and would all be kept
-        keep_large_buffers()
+    if spec.device.type == "cpu":
+        return_large_buffers() if access.in_lockstep else keep_large_buffers()
     base = library_model(model)
     functions = pointwise.Pointwise()
     if choices.compiled:

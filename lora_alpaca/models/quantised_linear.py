@@ -53,7 +53,7 @@ class FourBitLinear(torch.nn.Linear):
         super().__init__(in_features, out_features, has_bias, torch.device("meta"), dtype)
         self.weight = placeholder(((in_features * out_features + 1) // 2, 1), torch.uint8, device)
         self.state: Any = None
-        self._dtype = dtype
+        self.compute_dtype = dtype  # by this name PEFT asks for it, to round the adapter's first weights
 
     def fill(self, rows: Rows, part: Part) -> None:
         """Quantise the whole weight, as its scales depend on all of it, and keep this rank's part."""
@@ -74,6 +74,6 @@ class FourBitLinear(torch.nn.Linear):
         """Return the product, computed in the compute dtype, in the dtype of the input."""
         from bitsandbytes import matmul_4bit
 
-        bias = None if self.bias is None else self.bias.to(self._dtype)
-        y: torch.Tensor = matmul_4bit(input.to(self._dtype), self.weight, bias=bias, quant_state=self.state)
+        bias = None if self.bias is None else self.bias.to(self.compute_dtype)
+        y: torch.Tensor = matmul_4bit(input.to(self.compute_dtype), self.weight, bias=bias, quant_state=self.state)
         return y.to(input.dtype)
