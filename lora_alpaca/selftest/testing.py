@@ -24,8 +24,8 @@ def selftest(config: SelftestConfig) -> None:
         from lora_alpaca.models.device import choose_device
         from lora_alpaca.selftest import checks
         from lora_alpaca.selftest.bench import Bench
-        from lora_alpaca.selftest.first_layers import tested
         from lora_alpaca.selftest.table import Table
+        from lora_alpaca.selftest.tested_base import tested
 
         named = locate_base(config.base_model, config.revision, config.trust_remote_code)
         base, what = tested(named, folder / "base")

@@ -4,14 +4,19 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
 from command import refused, run
 from injection import FAULTS, OTHERS, inject, selftest
+from transformers import AutoModelForCausalLM, Qwen3Config
 
 from lora_alpaca.config.selftest import CHECKS as NAMES
 from lora_alpaca.errors import ModelError
-from lora_alpaca.selftest import checks
+from lora_alpaca.models.base import locate_base
+from lora_alpaca.models.tokenizer import load_tokenizer
+from lora_alpaca.selftest import checks, tested_base
 from lora_alpaca.selftest.checks import CHECKS, Check, Result, make
 from lora_alpaca.selftest.finding import Finding, NotApplicable
 from lora_alpaca.selftest.table import Table
@@ -57,6 +62,59 @@ def test_every_check_has_its_name_in_the_options():
 def test_every_check_has_a_fault_that_it_finds():
     assert {fault.check for fault in (FAULTS | OTHERS).values()} == set(NAMES)
     assert len(FAULTS) == 12
+
+
+def test_a_model_that_cannot_take_packs_is_told_and_not_failed(tmp_path):
+    class Bench:
+        base, examples = locate_base("demo"), []
+
+        def gradient(self, name, **changes):
+            raise ModelError("--engine packed: this model cannot take packs: it has a window; leave the flag out")
+
+    assert make("packing", Bench()).status == "failed"  # the demo model can
+    Bench.base = replace(Bench.base, name="another")
+    result = make("packing", Bench())
+    assert result.status == "left out"
+    assert "it has a window" in result.note
+
+
+def test_a_small_base_is_tested_as_it_is(tmp_path):
+    base = locate_base("demo")
+    assert tested_base.tested(base, tmp_path / "base") == (base, "demo")
+    assert not (tmp_path / "base").exists()
+
+
+def test_of_a_large_base_the_first_layers_are_tested(tmp_path, monkeypatch):
+    monkeypatch.setattr(tested_base, "LARGE", 0)
+    base = locate_base("demo")
+    found, what = tested_base.tested(base, tmp_path / "base")
+    assert what == "the first 2 of 5 layers of demo"
+    model, whole = (AutoModelForCausalLM.from_pretrained(one.path).state_dict() for one in (found, locate_base("demo")))
+    assert {name.split(".")[2] for name in model if ".layers." in name} == {"0", "1"}
+    assert all(torch.equal(model[name], whole[name]) for name in model)
+    assert load_tokenizer(found)[0]("An alpaca")["input_ids"] == load_tokenizer(base)[0]("An alpaca")["input_ids"]
+
+
+def test_what_a_config_lists_for_every_layer_is_cut():
+    config = Qwen3Config(num_hidden_layers=4, use_sliding_window=True, max_window_layers=1)
+    tested_base._cut(config, 2)
+    assert config.layer_types == ["full_attention", "sliding_attention"]
+    assert config.num_hidden_layers == 2
+
+
+def test_dropout_of_the_base_itself_is_turned_off(tiny_model, tmp_path):
+    base = locate_base(str(tiny_model("GPT2")))
+    found, what = tested_base.tested(base, tmp_path / "base")
+    assert what == f"{base.name} without its own dropout"
+    assert base.config.resid_pdrop == 0.1
+    assert {found.config.resid_pdrop, found.config.attn_pdrop, found.config.embd_pdrop} == {0.0}
+
+
+def test_a_base_that_is_stored_quantised(tiny_llama, tmp_path):
+    base = locate_base(str(tiny_llama))
+    base.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    with pytest.raises(ModelError, match=r"is stored quantised .* name the model that it was quantised from"):
+        tested_base.tested(base, tmp_path / "base")
 
 
 def test_a_check_that_is_not_there():
