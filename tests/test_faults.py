@@ -14,8 +14,9 @@ PARTS = {  # the share of its cases, and the names of what it must have counted
     "nonfinite": (0.12, {"nonfinite", "nonfinite skipped", "nonfinite overflows"}),
     "changed_settings": (0.1, {"changed_settings refused", "changed_settings applied", "files_moved"}),
     "memory_faults": (0.08, {"memory", "memory shrunk", "memory resumed"}),
+    "sharded": (0.01, {"sharded exact cases", "kills", "sharded rank faults", "sharded disk errors"}),
 }
-SLOW = dict.fromkeys(("crash_points", "disk", "nonfinite"), pytest.mark.slow)
+SLOW = dict.fromkeys(("crash_points", "disk", "nonfinite", "sharded"), pytest.mark.slow)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the faults are put into forked processes")

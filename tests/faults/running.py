@@ -132,7 +132,8 @@ def pair(scene: Scene, out: Path, before: Callable[[int], Any] | None = None, **
         if rank:
             sys.stdout.flush()
             os._exit(code)
-        os.waitpid(other, 0)
+        if code in (0, 128 + signal.SIGTERM):  # after an error its end is what the other rank must see
+            os.waitpid(other, 0)
         sys.exit(code)
 
     running = copied(work, scene, out, options)
