@@ -218,9 +218,11 @@ def steps(folder: Path) -> list[int]:
 
 
 def losses(folder: Path) -> list[Any]:
-    """Return what the record of a finished run says of its steps, but for times."""
+    """Return what the record of a finished run says of its steps, but for times and memory."""
     history: Iterable[dict[str, Any]] = read_json(folder / RECORD).get("result", {}).get("history", [])
-    return [{key: value for key, value in entry.items() if key != "tokens_per_second"} for entry in history]
+    return [
+        {key: value for key, value in entry.items() if key not in ("tokens_per_second", "memory")} for entry in history
+    ]
 
 
 def listed(folder: Path) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from .running import Running, forked, moments, other_rank, pair
 from .scene import Ended, Scene, hidden, losses, same, steps
 
 LORA = {
+    "load_8bit": True,
     "lora_dropout": 0.0,
     "shard": "full",
     "learning_rate": 1e-3,
@@ -39,7 +40,7 @@ LORA = {
     "max_steps": 6,
     "eval_steps": 3,
 }
-FULL = LORA | {"tune": "full", "lora_dropout": None}
+FULL = LORA | {"load_8bit": None, "tune": "full", "lora_dropout": None}
 STOP = 3  # the step after which a signal comes
 CASES = list(product(("full", "offload"), ("lora", "full"), ((2, 2), (2, 1), (1, 2))))
 KILLS = 60
