@@ -17,7 +17,6 @@ import threading
 from pathlib import Path
 from typing import Any
 
-WITHIN = (0.7, 1.5)  # of what is measured, an estimate should be
 SHAPE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 8}
 TOKENS = 512  # of a pack
 CASES: dict[str, tuple[int, dict[str, Any]]] = {  # processes, and options beside the common ones
@@ -147,7 +146,7 @@ def main() -> None:
             print(f"{name}: {said}", flush=True)
     ratios = [found["ratio"] for found in cases.values() if "ratio" in found]
     if names == list(CASES):
-        write("memory", {"shape": SHAPE, "tokens": TOKENS, "within": WITHIN, "cases": cases})
+        write("memory", {"shape": SHAPE, "tokens": TOKENS, "cases": cases})
     print(json.dumps({"least_ratio": min(ratios), "largest_ratio": max(ratios), "cases": len(ratios)}))
 
 

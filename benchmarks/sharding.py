@@ -105,10 +105,34 @@ def rank(mode: str, folder: Path) -> None:
                 taken.append(time.perf_counter() - begun)
             most["steps"] = peak.start_over()
         seconds["step"] = statistics.median(taken[1:])
+        if mode == "full":
+            most["save_extra"] = before + save(model, world, folder, peak)
         found = {f"{name}_mb": round(world.largest(value - before) / 1e6) for name, value in most.items()}
         found |= {f"{name}_seconds": round(value, 2) for name, value in seconds.items()}
         if world.is_main:
             (folder / f"{mode}.json").write_text(json.dumps(found))
+
+
+def save(model: Any, world: Any, folder: Path, peak: Peak) -> int:
+    """Write the whole model as its final save does, and return what that takes beyond what the rank holds, in bytes."""
+    from lora_alpaca.distributed import sharded_state
+    from lora_alpaca.models.shards import ShardWriter
+    from lora_alpaca.models.weights import TensorInfo
+
+    tensors = {name: one.detach() for name, one in model.named_parameters() if "lora_" not in name}
+    infos = {name: TensorInfo(one.dtype, tuple(one.shape)) for name, one in tensors.items()}
+
+    def write_all(whole: Any) -> None:
+        (folder / "saved").mkdir()
+        writer = ShardWriter(folder / "saved", infos, 5 * 10**9)
+        for name, tensor in whole:
+            writer.write(name, tensor)
+        writer.finish()
+
+    peak.start_over()
+    held = anonymous()
+    sharded_state.gather(tensors, world, write_all)
+    return peak.start_over() - held
 
 
 def main() -> None:
@@ -135,6 +159,7 @@ def main() -> None:
         "peak_ratio": round(sharded["peak_mb"] / whole["peak_mb"], 3),
         "load_ratio": round(sharded["load_mb"] / whole["load_mb"], 3),
         "offload_ratio": round(figures["offload"]["peak_mb"] / whole["peak_mb"], 3),
+        "save_extra_mb": sharded["save_extra_mb"],
         "step_ratio": round(sharded["step_seconds"] / whole["step_seconds"], 2),
     }
     for name, target in TARGETS.items():

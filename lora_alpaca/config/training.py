@@ -379,6 +379,11 @@ class FinetuneConfig(DataOptions, ModelOptions):
             raise ConfigError(f"--shard_size {self.shard_size}: the {world_size()} devices are no multiple of it")
         if self.shard in ("grads", "full") and self.use_dora:
             raise ConfigError(f"--use_dora reads whole weights, which --shard {self.shard} spreads; leave one out")
+        if self.shard in ("grads", "full") and self.on_oom == "shrink":
+            raise ConfigError(
+                f"--on_oom shrink: with --shard {self.shard} a rank that is short of memory is missed by all others in "
+                "the middle of a layer; lower --token_budget beforehand"
+            )
         self.micro_batch(world_size())
         return self
 

@@ -17,6 +17,7 @@ from lora_alpaca.models.base import Base, load_base
 from lora_alpaca.models.device import DeviceSpec
 from lora_alpaca.models.trainable import State, Trainable
 
+MESSAGE = 2**26  # numbers that a message has at most, but for a larger tensor; the gradients of an adapter are one
 Prepare = Callable[[Any], Any]  # base to model: attaches an adapter, or marks the parameters that learn
 
 
@@ -51,7 +52,10 @@ class Strategy(ModelAccess, Protocol):
 
 
 class Replicated(WholeModel):
-    """Every rank holds the whole model. Gradients and scalars of a step are summed in one message."""
+    """Every rank holds the whole model. Gradients and scalars of a step are summed in one message.
+
+    Those of full finetuning are several messages, so that no copy of all of them is made.
+    """
 
     spreads_state = False
 
@@ -74,12 +78,18 @@ class Replicated(WholeModel):
                 parameter.grad = torch.zeros_like(parameter)
         if self._world.world_size == 1:
             return torch.stack([*scalars]).tolist()
-        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        message = self._world.sum(torch.cat([grad.flatten() for grad in grads] + [torch.stack([*scalars])]))
-        summed, totals = message[: -len(scalars)], message[-len(scalars) :].tolist()
-        for grad, total in zip(grads, summed.split([grad.numel() for grad in grads]), strict=True):
-            grad.copy_(total.view_as(grad))
-        return totals
+        totals = torch.stack([*scalars])
+        *full, last = _messages([parameter.grad for parameter in parameters if parameter.grad is not None])
+        for grads in full:
+            self._sum_in_place(grads)
+        self._sum_in_place([*last, totals])
+        return totals.tolist()
+
+    def _sum_in_place(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Sum tensors over the ranks in one message."""
+        message = self._world.sum(torch.cat([tensor.flatten() for tensor in tensors]))
+        for tensor, total in zip(tensors, message.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(total.view_as(tensor))
 
     def clip(self, parameters: Sequence[torch.nn.Parameter], max_norm: float) -> float:
         """Scale the gradients down to a norm, and return the norm before."""
@@ -95,3 +105,13 @@ class Replicated(WholeModel):
     def load_full_state(self, trainable: Trainable, tensors: State, where: str) -> None:
         """Put the tensors into this rank's model."""
         trainable.load_state(tensors, where)
+
+
+def _messages(grads: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Return gradients in the groups that are sent together, in their order; there is one at least."""
+    groups: list[list[torch.Tensor]] = [[]]
+    for grad in grads:
+        if groups[-1] and sum(one.numel() for one in groups[-1]) + grad.numel() > MESSAGE:
+            groups.append([])
+        groups[-1].append(grad)
+    return groups

@@ -129,6 +129,8 @@ def choose_shard(config: FinetuneConfig, size: ModelSize, free: Free, world: Wor
         return "none"  # there is nobody to share with
     if config.shard != "auto":
         return config.shard
+    if config.use_dora or config.on_oom == "shrink":
+        return "none"  # neither can be had with sharding
     if config.offload != "none" or config.shard_size:
         return "full"
     fits = free.holds(least_memory(config, size, layout("none", config, world)))

@@ -159,9 +159,10 @@ class Stepper:
             try:
                 return compute()
             except memory.MemoryShortage as error:
-                smaller = self.engine.smaller() if self._shrinks else None
+                smaller = self.engine.smaller() if self._shrinks and not self.strategy.in_lockstep else None
                 if smaller is None:
-                    less = LESS if self._shrinks else f"{LESS}, or say --on_oom shrink"
+                    may_shrink = not (self._shrinks or self.strategy.in_lockstep)
+                    less = f"{LESS}, or say --on_oom shrink" if may_shrink else LESS
                     free = memory.describe_free(self.world.device)
                     raise ShortageError(f"out of memory ({error}); {free}; {less}") from None
                 self._log(f"out of memory: going on with {smaller}; the optimizer batch stays as it is")

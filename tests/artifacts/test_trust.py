@@ -236,7 +236,7 @@ def test_code_is_not_saved_with_an_adapter(there, project, tmp_path, monkeypatch
 
 def told(folder, *secrets):
     """Return the files of a folder that are published, and hold one of several texts."""
-    names = [name for name in files_below(folder) if name != privacy.FILE and not name.startswith("checkpoint-")]
+    names = [name for name in files_below(folder) if name not in privacy.FILES and not name.startswith("checkpoint-")]
     assert RECORD in names
     contents = {name: (folder / name).read_bytes() for name in names}
     return [(name, secret) for name, data in contents.items() for secret in secrets if str(secret).encode() in data]

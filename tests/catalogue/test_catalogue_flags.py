@@ -83,7 +83,8 @@ WHOLE = [
 @pytest.mark.parametrize(("config_class", "name"), WHOLE, ids=[name for _, name in WHOLE])
 def test_a_whole_number_is_one_and_not_too_small(number, config_class, name):
     verb = "finetune" if config_class is FinetuneConfig else "generate"
-    for value in ("-1", "2.5", "many", *(() if name in ("warmup_steps", "seed", "top_k", "max_waiting") else ("0",))):
+    zero = () if name in ("warmup_steps", "seed", "top_k", "max_waiting", "report_rows", "report_answers") else ("0",)
+    for value in ("-1", "2.5", "many", *zero):
         assert f"--{name} {value}: input should be " in line_of(verb, f"--{name}", value)
 
 

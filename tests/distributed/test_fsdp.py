@@ -126,3 +126,7 @@ def test_what_sharding_cannot_do_is_said(monkeypatch):
         FinetuneConfig(shard="full", shard_size=3)
     with pytest.raises(ConfigError, match="--use_dora reads whole weights, which --shard grads spreads"):
         FinetuneConfig(shard="grads", use_dora=True)
+    with pytest.raises(
+        ConfigError, match="--on_oom shrink: with --shard full a rank that is short of memory is missed"
+    ):
+        FinetuneConfig(shard="full", on_oom="shrink")

@@ -28,6 +28,17 @@ def test_gradients_and_scalars_are_summed_in_one_message():
     assert len(world.messages) == 1
 
 
+def test_many_gradients_are_several_messages(monkeypatch):
+    monkeypatch.setattr("lora_alpaca.distributed.strategy.MESSAGE", 5)
+    parameters = [torch.nn.Parameter(torch.zeros(size)) for size in (2, 3, 4, 7, 1)]
+    for number, parameter in enumerate(parameters):
+        parameter.grad = torch.full_like(parameter, number + 1.0)
+    world = TwoRanks()
+    assert Replicated(world).reduce(parameters, [torch.tensor(1.5)]) == [3.0]
+    assert [len(message) for message in world.messages] == [5, 4, 7, 2]  # the last one has the scalar too
+    assert all(bool((parameter.grad == 2 * (number + 1)).all()) for number, parameter in enumerate(parameters))
+
+
 def test_one_rank_sends_nothing():
     world = SimpleNamespace(world_size=1)
     parameter = torch.nn.Parameter(torch.zeros(2))

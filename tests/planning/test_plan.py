@@ -102,6 +102,8 @@ def test_one_plan_for_all_ranks_fits_the_one_with_the_least_memory(monkeypatch):
 def test_weights_are_sharded_where_one_device_does_not_hold_them(monkeypatch, gigabytes, ranks, options, shard):
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (gigabytes * 10**9, 80 * 10**9))
     size = seven_b(bits=16)
+    for name, value in {"WORLD_SIZE": ranks, "RANK": 0, "LOCAL_RANK": 0, "MASTER_ADDR": "x", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
     assert resolve(FinetuneConfig(**options), LENGTHS, size, world(ranks=ranks)).shard == shard
 
 
