@@ -82,16 +82,16 @@ FAULTS = {
     "a rank's gradient counted twice": Fault(
         "ranks",
         "distributed/strategy.py",
-        "torch.cat([grad.flatten() for grad in grads]",
-        "torch.cat([grad.flatten() * (2 - min(self._world.rank, 1)) for grad in grads]",
+        "self._sum_in_place([*last, totals])",
+        "self._sum_in_place([*(grad.mul_(2 - min(self._world.rank, 1)) for grad in last), totals])",
     ),
 }
 OTHERS = {  # for each check that none of these is for
     "labels of another chunk": Fault(
         "chunked_loss",
         "engine/loss.py",
-        "logits.gather(1, labels[part, None])",
-        "logits.gather(1, labels[: len(logits), None])",
+        "labels[part, None]).squeeze(1)  # before they are overwritten",
+        "labels[: len(logits), None]).squeeze(1)",
     ),
     "a sharded run without its sum": Fault(
         "sharding",
