@@ -53,6 +53,10 @@ class AnswerFile:
         """Return what is recorded of the answers that are there; empty where there are none to go on from."""
         return dict(read_json(self.run_file)["asked"]) if self._answered()[0] else {}
 
+    def answered(self) -> int:
+        """Return how many whole lines there are. Raises FolderError at one that is not the answer to its row."""
+        return self._answered()[0]
+
     def begin(self, asked: Mapping[str, Any]) -> int:
         """Return how many rows are answered already, having dropped half a line at the end, or begun a new file."""
         done, size = self._answered()

@@ -75,6 +75,7 @@ def answer_file(config: GenerateConfig) -> None:
                     done, failed = done + 1, failed + ("error" in line)
                     advance(line.get("completion_tokens", 0))
             except Interrupted as stop:
+                done = output.answered()  # a signal may come between a line and its count
                 where = f"{done:,} of {len(questions):,} rows are answered in {output.path}; the same command goes on"
                 raise Interrupted(stop.exit_code - 128, where) from None
             except (RuntimeError, MemoryError) as error:

@@ -122,7 +122,7 @@ def measured(case: dict, folder: Path, strategy, world) -> dict[str, torch.Tenso
     before = torch.cat([whole(parameter) for parameter in stepper.parameters])
     loss = stepper._gradient(examples, labels)
     gradient = torch.cat([whole(parameter.grad) for parameter in stepper.parameters])
-    norm = stepper._strategy.clip(stepper.parameters, 1e-3)
+    norm = stepper.strategy.clip(stepper.parameters, 1e-3)
     clipped = torch.cat([whole(parameter.grad) for parameter in stepper.parameters])
     for _ in range(STEPS if case.get("optimizer") else 0):
         stepper.step(examples, case["rate"])

@@ -122,6 +122,7 @@ def main(folder: Path) -> None:
             for name in ("open", "write", "fsync"):
                 with failing(name, "shard-" if world.rank == rank else "none"):
                     noted[f"{name} on {rank}"] = said(lambda: saver.save(FACTS | {"step": 2}, TrainState(step=2)))
+                world.barrier()  # the main rank, too, has left its stage
                 noted[f"left by {name} on {rank}"] = [path.name for path in bad.rglob("*")]
 
         tensors = weights(stopped)

@@ -174,7 +174,7 @@ def test_a_signal_reaches_all_and_the_exit_code_tells_it(words):
 
 
 @pytest.mark.slow
-def test_nothing_is_left_behind_by_a_command_that_is_killed(words, tmp_path):
+def test_nothing_is_left_behind_by_a_command_that_is_killed(words):
     process, children = training(words("out", *LONG, "--logging_steps", 1))
     process.kill()
     left = psutil.wait_procs(children, timeout=120)[1]
@@ -182,7 +182,6 @@ def test_nothing_is_left_behind_by_a_command_that_is_killed(words, tmp_path):
         one.kill()
     process.communicate(timeout=120)
     assert not left
-    assert list((tmp_path / "out").glob("checkpoint-*"))  # they were stopped, and saved
 
 
 @pytest.mark.slow
