@@ -16,12 +16,12 @@ PARTS = {  # the share of its cases, and the names of what it must have counted
     "memory_faults": (0.08, {"memory", "memory shrunk", "memory resumed"}),
     "sharded": (0.01, {"sharded exact cases", "kills", "sharded rank faults", "sharded disk errors"}),
 }
-SLOW = dict.fromkeys(("crash_points", "disk", "nonfinite", "sharded"), pytest.mark.slow)
+QUICK = {"memory_faults"}
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the faults are put into forked processes")
 @pytest.mark.parametrize(
-    "part", [pytest.param(part, marks=pytest.mark.slow) if part in SLOW else part for part in PARTS]
+    "part", [pytest.param(part, marks=pytest.mark.slow) if part not in QUICK else part for part in PARTS]
 )
 def test_nothing_fails(part, tmp_path):
     share, counted = PARTS[part]

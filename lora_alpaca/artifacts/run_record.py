@@ -3,7 +3,6 @@
 Generation and export read it; resuming compares it.
 """
 
-import importlib.metadata
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from lora_alpaca._version import __version__
 from lora_alpaca.config import FinetuneConfig
+from lora_alpaca.config.environment import version_of
 from lora_alpaca.config.training import RECORDED_FACTS
 from lora_alpaca.errors import FolderError, LoraAlpacaError
 from lora_alpaca.models.base import Base
@@ -135,11 +135,4 @@ def finished_run(output_dir: Path) -> RunResult:
 
 def versions() -> dict[str, str]:
     """Return the versions of this library and of those that decide its results."""
-    return {"lora_alpaca": __version__} | {name: _version(name) for name in LIBRARIES}
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+    return {"lora_alpaca": __version__} | {name: version_of(name) for name in LIBRARIES}

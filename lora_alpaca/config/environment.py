@@ -7,6 +7,7 @@ import re
 from lora_alpaca.errors import ConfigError, LoraAlpacaError
 
 LAUNCHED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+MISSING = "not installed"
 OPTIONAL = {"bitsandbytes"}  # an unquantised base works without it; where it is needed, an error names it
 
 
@@ -21,6 +22,14 @@ def check_libraries() -> None:
         raise LoraAlpacaError(f"{'; '.join(wrong)}: pip install -r requirements.txt puts in what was tested")
 
 
+def version_of(library: str) -> str:
+    """Return the version of a library that is installed, or MISSING."""
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return MISSING
+
+
 def require_folder() -> None:
     """Raise ConfigError where the working directory was removed: paths mean nothing there."""
     try:
@@ -33,10 +42,8 @@ def _trouble(requirement: str) -> str:
     """Return what is wrong with a library that is required as in `torch<3,>=2.13`, or nothing."""
     name = re.match(r"[\w.-]+", requirement)[0]  # type: ignore[index]  # every requirement begins with a name
     limits = re.findall(r"(>=|<)([\d.]+)", requirement)
-    try:
-        there = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "" if name in OPTIONAL else f"{name} is not installed"
+    if (there := version_of(name)) == MISSING:
+        return "" if name in OPTIONAL else f"{name} is {MISSING}"
     fits = all(
         _release(there) >= _release(limit) if sign == ">=" else _release(there) < _release(limit)
         for sign, limit in limits

@@ -19,7 +19,7 @@ RECORDED_FACTS = (
 
 
 class FinetuneConfig(DataOptions, ModelOptions):
-    """Train a LoRA adapter on instructions."""
+    """Train a LoRA adapter, or the weights of a model, on instructions."""
 
     wording: ClassVar[dict[str, dict[str, str]]] = {
         "load_8bit": {

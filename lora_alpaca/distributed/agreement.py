@@ -5,7 +5,6 @@ hang, or train something that no command asked for; here the rank that differs i
 """
 
 import hashlib
-import importlib.metadata
 import platform
 import socket
 from collections import Counter
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from lora_alpaca._version import __version__
 from lora_alpaca.config import FinetuneConfig
+from lora_alpaca.config.environment import version_of
 from lora_alpaca.errors import ConfigError, LoraAlpacaError
 
 Facts = dict[str, str]
@@ -39,7 +39,7 @@ def own_facts(config: FinetuneConfig, device: str) -> Facts:
         HOST: socket.gethostname(),
         "lora_alpaca": f"{__version__} (code {_code()[:12]})",
         "python": ".".join(platform.python_version_tuple()[:2]),
-        **{name: _version(name) for name in LIBRARIES},
+        **{name: version_of(name) for name in LIBRARIES},
         "device": device,
         **options,
     }
@@ -62,13 +62,6 @@ def require_same(ranks: Sequence[Facts], remedy: str, error: type[LoraAlpacaErro
         sentences.append(f"{name} is {values[odd]} on rank {odd}{f' ({host})' * bool(host)} and {common} on {others}")
     if sentences:
         raise error(f"the ranks differ: {'; '.join(sentences)}; {remedy}")
-
-
-def _version(library: str) -> str:
-    try:
-        return importlib.metadata.version(library)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 @cache

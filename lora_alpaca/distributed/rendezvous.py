@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -17,13 +18,14 @@ _stores: list[Any] = []  # of this process: at most one
 _runs = 0  # of this process: the keys of one run are not those of the next
 
 
-def rendezvous(timeout: timedelta, facts: Facts) -> dict[str, Any]:
+def rendezvous(timeout: timedelta, facts: Callable[[], Facts]) -> dict[str, Any]:
     """Wait for every process of a run, and return the arguments of `init_process_group`.
 
     One launch may train several runs. Each meets under a name of its own: under the names of the run before, gloo waits
     for connections that are closed. The waiting is done here, since torch ignores signals while it waits. Raises
-    RankError naming a rank that does not come, and ConfigError naming one whose `facts` are not those of the others:
-    before they connect, since processes of two kinds of device would wait for each other.
+    RankError naming a rank that does not come, and ConfigError naming one whose `facts`, which a process alone
+    is not asked for, are not those of the others: before they connect, since processes of two kinds of device would
+    wait for each other.
     """
     global _runs
     if (world_size := int(os.environ.get("WORLD_SIZE", "1"))) == 1:
@@ -32,7 +34,7 @@ def rendezvous(timeout: timedelta, facts: Facts) -> dict[str, Any]:
     _runs += 1
     store = torch.distributed.PrefixStore(run_prefix(), _launcher_store(deadline))  # type: ignore[attr-defined]
     store.set_timeout(timeout)
-    store.set(f"{rank} is here", json.dumps(facts))
+    store.set(f"{rank} is here", json.dumps(facts()))
     ranks: list[Facts] = []
     for other in range(world_size):
         while not store.check([f"{other} is here"]):

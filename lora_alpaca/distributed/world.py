@@ -45,9 +45,8 @@ class World:
         bits = 8 if config.tune == "lora" else 16
         spec, notes = choose_device(config, device, default_bits=bits)
         self.notes += notes
-        facts, timeout = own_facts(config, str(spec)), timedelta(seconds=config.rank_timeout)
-        on_cpu = device.type == "cpu"
-        processes = PartialState(cpu=on_cpu, **rendezvous(timeout, facts))
+        on_cpu, timeout = device.type == "cpu", timedelta(seconds=config.rank_timeout)
+        processes = PartialState(cpu=on_cpu, **rendezvous(timeout, lambda: own_facts(config, str(spec))))
         self.spec = replace(spec, device=processes.device)
         self.rank: int = processes.process_index
         self.world_size: int = processes.num_processes

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 
 import psutil
 import pytest
@@ -18,7 +19,7 @@ from lora_alpaca.cli import launching
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.config.accelerate_launch import take_out
 from lora_alpaca.distributed.agreement import HOST, own_facts, require_same
-from lora_alpaca.distributed.rendezvous import SAME
+from lora_alpaca.distributed.rendezvous import SAME, rendezvous
 from lora_alpaca.distributed.world import World
 from lora_alpaca.errors import ConfigError, DataError
 
@@ -214,6 +215,12 @@ def test_the_rank_that_differs_is_named_with_both_values(others, said):
         require_same([FACTS, *(FACTS | other for other in others)], "do so", DataError)
     assert said in str(error.value)
     require_same([FACTS, FACTS | {HOST: "b"}], "do so")
+
+
+def test_a_process_alone_is_not_asked_what_it_has(monkeypatch):
+    """Which is a hash of all our code, and the versions of many libraries."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert rendezvous(timedelta(seconds=1), lambda: pytest.fail("it was asked")) == {"timeout": timedelta(seconds=1)}
 
 
 def test_what_is_compared():

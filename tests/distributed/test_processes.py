@@ -81,6 +81,7 @@ def test_a_signal_while_loading_writes_nothing(scene):
     assert not running.out.exists()
 
 
+@pytest.mark.slow
 def test_a_second_signal_and_a_step_that_takes_too_long(scene):
     report = Report()
     twice(report, scene, scene.folder / "whole")
@@ -209,7 +210,7 @@ def test_two_runs_of_the_same_processes(tmp_path, launcher, free_port):
         "from accelerate import PartialState\n"
         "from lora_alpaca.distributed.rendezvous import rendezvous\n"
         "for number in (1, 2, 3):\n"
-        "    state = PartialState(cpu=True, **rendezvous(datetime.timedelta(seconds=20 + number), {}))\n"
+        "    state = PartialState(cpu=True, **rendezvous(datetime.timedelta(seconds=20 + number), dict))\n"
         "    total = torch.tensor(number * (1 + state.process_index))\n"
         "    torch.distributed.all_reduce(total)\n"
         "    assert total == 3 * number\n"
@@ -258,7 +259,7 @@ def alone(monkeypatch, free_port):
 def test_a_rank_that_does_not_come_is_named(alone, rank, other):
     alone(rank)
     with pytest.raises(RankError, match=f"rank {other} failed: it did not come: the others waited for it"):
-        rendezvous(timedelta(seconds=0.1), {})
+        rendezvous(timedelta(seconds=0.1), dict)
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
@@ -268,7 +269,7 @@ def test_who_waits_for_the_others_hears_signals(alone, rank):
     timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
     with Stop().watching(), pytest.raises(Interrupted):
         timer.start()
-        rendezvous(timedelta(seconds=60), {})
+        rendezvous(timedelta(seconds=60), dict)
 
 
 def test_a_port_that_is_taken(alone):
@@ -277,7 +278,7 @@ def test_a_port_that_is_taken(alone):
         taken.bind(("", int(os.environ["MASTER_PORT"])))
         taken.listen()
         with pytest.raises(ConfigError, match="the port of the variable MASTER_PORT cannot be opened"):
-            rendezvous(timedelta(seconds=5), {})
+            rendezvous(timedelta(seconds=5), dict)
 
 
 def test_nobody_is_dead_while_all_give_signs_of_life(pair):
