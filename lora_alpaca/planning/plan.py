@@ -129,12 +129,18 @@ def choose_shard(config: FinetuneConfig, size: ModelSize, free: Free, world: Wor
         return "none"  # there is nobody to share with
     if config.shard != "auto":
         return config.shard
-    if config.use_dora or config.on_oom == "shrink":
-        return "none"  # neither can be had with sharding
+    if not can_shard(config):
+        return "none"
     if config.offload != "none" or config.shard_size:
         return "full"
     fits = free.holds(least_memory(config, size, layout("none", config, world)))
     return "none" if fits else "full"
+
+
+def can_shard(config: FinetuneConfig) -> bool:
+    """Return whether sharded weights can be had with all else that is asked for."""
+    needs_whole = config.use_dora or (config.tune == "full" and config.optimizer != "adamw")
+    return not needs_whole and config.on_oom != "shrink"
 
 
 def least_memory(config: FinetuneConfig, size: ModelSize, layout: Layout) -> Memory:

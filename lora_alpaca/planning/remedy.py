@@ -8,7 +8,7 @@ from lora_alpaca.distributed.world import World
 from lora_alpaca.models.base import Base
 from lora_alpaca.models.meta import meta_model
 from lora_alpaca.planning.estimate import Free, Layout, ModelSize
-from lora_alpaca.planning.plan import choose_shard, layout, least_memory
+from lora_alpaca.planning.plan import can_shard, choose_shard, layout, least_memory
 from lora_alpaca.planning.size import model_size
 
 MOST_DEVICES = 1024
@@ -22,7 +22,11 @@ def cheapest_change(config: FinetuneConfig, base: Base, size: ModelSize, free: F
     as_asked = layout(choose_shard(config, size, free, world), config, world)
     spreads = list(_spreads(config, as_asked, size))
     for words, smaller in _sizes(config, base, size):
+        changed = {"tune": "lora" if smaller.adapter else "full", "optimizer": smaller.optimizer}
+        is_whole = not can_shard(config.model_copy(update=changed))
         for flags, spread in spreads:
+            if is_whole and spread.shard != "none":
+                continue
             if free.holds(needed := least_memory(config, smaller, spread)):
                 return f"with {' '.join([*flags, *words])} it takes {needed}"
     if size.spec.device.type == "cuda":
@@ -36,6 +40,8 @@ def cheapest_change(config: FinetuneConfig, base: Base, size: ModelSize, free: F
 
 def _spreads(config: FinetuneConfig, as_asked: Layout, size: ModelSize) -> Iterator[tuple[list[str], Layout]]:
     """Yield the ways to spread the base that take ever less memory, each with the flags that it is asked for by."""
+    if config.shard == "auto" and not config.shard_size and not as_asked.offloads:
+        yield [], replace(as_asked, shard="none")
     yield [], as_asked
     full = replace(as_asked, shard="full", shard_size=as_asked.world_size)
     flags = ["--shard full"] if config.shard in ("none", "grads") else []

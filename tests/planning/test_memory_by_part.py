@@ -233,7 +233,10 @@ def refusal(monkeypatch, device_gb, host_gb=64, ranks=1, device=CUDA, bits=16, c
         ({"device_gb": 1, "host_gb": 1}, {}, "take a smaller model"),
         ({"device_gb": 40, "ranks": 4}, {"tune": "full"}, ""),
         ({"device_gb": 24, "ranks": 4, "host_gb": 500}, {"tune": "full"}, "with --offload cpu it takes "),
-        ({"device_gb": 24, "ranks": 4}, {"tune": "full"}, "with --optimizer adamw_8bit it takes "),
+        ({"device_gb": 24, "ranks": 4}, {"tune": "full"}, "with --layers top:24 it takes "),  # 8-bit moments are whole
+        ({"device_gb": 100, "host_gb": 9}, {"tune": "full"}, "with --optimizer adamw_8bit it takes "),
+        ({"device_gb": 100, "host_gb": 9, "ranks": 2}, {"tune": "full", "optimizer": "adamw_8bit"}, ""),
+        ({"device_gb": 12, "ranks": 2}, {"use_dora": True}, "with --load_8bit it takes "),
         ({"device_gb": 24}, {"tune": "full"}, "with --offload cpu --layers top:17 it takes "),
         ({"device_gb": 24, "host_gb": 9}, {"tune": "full"}, "with --layers top:2 it takes "),
         ({"device_gb": 15.2, "host_gb": 9}, {"tune": "full", "layers": "top:1"}, "with --tune lora it takes "),
@@ -248,14 +251,22 @@ def test_what_does_not_fit_is_refused_with_the_cheapest_change(monkeypatch, mach
     assert bool(line) == bool(remedy)
     if remedy:
         assert line.startswith("--base_model a-llama: as unquantised base, bf16 compute on c")
-        assert line.partition("free for it; ")[2].startswith(remedy)
+        said = line.partition("free for it; ")[2]
+        assert said.startswith(remedy)
+        if said.startswith("with "):  # what is named is accepted, and fits
+            named = options_of(said.removeprefix("with ").partition(" it takes ")[0].split())
+            assert not refusal(monkeypatch, **machine, **options | named)
 
 
-def test_the_change_that_is_named_is_accepted(monkeypatch):
-    """A run with what the refusal says is not refused again."""
-    machine = {"device_gb": 24, "host_gb": 500, "ranks": 4}
-    assert refusal(monkeypatch, **machine, tune="full").endswith(")")
-    assert not refusal(monkeypatch, **machine, tune="full", offload="cpu")
+def options_of(words):
+    """Return the options that a refusal names, as `refusal` takes them."""
+    found, left = {}, iter(words)
+    for flag in left:
+        if flag in ("--load_8bit", "--load_4bit"):
+            found["bits"] = int(flag[7])
+        else:
+            found[flag.removeprefix("--")] = next(left)
+    return found
 
 
 def test_the_plan_says_memory_by_part(seven_b):
