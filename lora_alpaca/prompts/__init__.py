@@ -4,8 +4,9 @@
         -> [Fragment("Below is ... ### Response:\\n", learned=False), Fragment("Alpacas hum.", learned=True), END]
 
 Generation is fed exactly the fragments that come before the answer, so the two cannot drift apart.
-`conversation` has the types, `template` templates of text, `chat` the tokenizer's own: `escaping` keeps control
-tokens that were typed out of its rendering, `time_limit` stops an endless one. `loading` finds templates.
+`conversation` has the types, `template` templates of text, `chat` the tokenizer's own: `rendering` renders it,
+`escaping` keeps control tokens that were typed out of that, `time_limit` stops an endless one. `loading` finds
+templates.
 """
 
 from lora_alpaca.prompts.chat import ChatTemplate

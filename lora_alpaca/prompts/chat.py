@@ -11,7 +11,6 @@ whose template shows an earlier answer otherwise becomes several examples, one f
 template that shows a prompt otherwise once it is answered is learned as it is served: the prompt, and the answer.
 """
 
-import datetime
 import hashlib
 import json
 import re
@@ -24,9 +23,8 @@ from typing import Any, NamedTuple
 from lora_alpaca.errors import TemplateError
 from lora_alpaca.prompts.conversation import Conversation, Fragment, Message, joined, without_thought
 from lora_alpaca.prompts.escaping import Escape
-from lora_alpaca.prompts.time_limit import time_limit
+from lora_alpaca.prompts.rendering import CALLS, RESULTS, THOUGHTS, TOOLS, Rendering, chosen, dated, text_of
 
-SECONDS = 10  # that a template may take for one conversation
 _PADDING = " \n"  # around a stand-in, to see whether the template strips the text
 _STAND_IN = re.compile(r"(?P<left> \n)?qX(?P<number>\d+)Xq(?P<right>\n )?")
 
@@ -56,7 +54,6 @@ class Part(NamedTuple):
 
 
 Placed = tuple[Fragment, int | None]  # a fragment, and the position of the message that it is an answer of
-_TOOLS, _CALLS, _RESULTS, _THOUGHTS = "tool definitions", "tool calls", "tool results", "thoughts (reasoning_content)"
 
 
 class ChatTemplate:
@@ -71,12 +68,13 @@ class ChatTemplate:
 
     def __init__(self, source: str | dict[str, str] = "", tokenizer: Any = None):
         self.source = source
-        self._tokenizer = tokenizer
+        self._rendering = Rendering(source, tokenizer)
+        self._render = self._rendering.render
         self._shape = lru_cache(maxsize=256)(self._new_shape)
 
     def bound(self, tokenizer: Any) -> "ChatTemplate":
         """Return the template with its tokenizer. TemplateError if that has none, or one that cannot be learned."""
-        template = ChatTemplate(self.source or _dated(_chosen(tokenizer.chat_template)), tokenizer)
+        template = ChatTemplate(self.source or dated(chosen(tokenizer.chat_template)), tokenizer)
         template.stop  # noqa: B018  a template without an end token is refused here
         return template
 
@@ -88,13 +86,13 @@ class ChatTemplate:
             return
         messages = conversation.messages
         asked = {
-            _TOOLS: bool(conversation.tools),
-            _CALLS: any(message.calls for message in messages),
-            _RESULTS: any(message.role == "tool" for message in messages),
-            _THOUGHTS: any(message.reasoning for message in messages),
+            TOOLS: bool(conversation.tools),
+            CALLS: any(message.calls for message in messages),
+            RESULTS: any(message.role == "tool" for message in messages),
+            THOUGHTS: any(message.reasoning for message in messages),
         }
-        for what in (what for what, there in asked.items() if there and what not in self._shown):
-            way = "leave them out by --ignore_fields, or " if what == _THOUGHTS else ""
+        for what in (what for what, there in asked.items() if there and what not in self._rendering.shown):
+            way = "leave them out by --ignore_fields, or " if what == THOUGHTS else ""
             raise TemplateError(
                 f"{conversation.where}: {what}, which the chat template leaves out; {way}use a model whose chat "
                 "template takes them"
@@ -152,6 +150,10 @@ class ChatTemplate:
         return cls(source)
 
     # ------------------------------------------------------------------------------------------------- as rendered
+
+    @property
+    def _control(self) -> re.Pattern[str]:
+        return self._rendering.control
 
     def _placed(self, conversation: Conversation) -> list[Placed]:
         """Return a conversation as fragments that say of which answer they are; one without an answer is a prompt."""
@@ -214,7 +216,7 @@ class ChatTemplate:
         except TemplateError as error:
             where = conversation.where
             raise TemplateError(f"{where}: {error}" if where else str(error)) from None
-        texts = [_text(message) for message in conversation.messages]
+        texts = [text_of(message) for message in conversation.messages]
         return [
             (
                 Fragment(
@@ -283,63 +285,6 @@ class ChatTemplate:
         for piece in filter(None, self._control.split(text)):
             yield Part(piece, control=self._control.fullmatch(piece) is not None)
 
-    # ------------------------------------------------------------------------------------------------- the template
-
-    @cached_property
-    def _shown(self) -> set[str]:
-        """Return what the template shows besides plain texts: tool definitions, calls, results, thoughts."""
-        tool = {"name": "qXtool", "description": "qXsays", "parameters": {"type": "object", "properties": {}}}
-        function = {"type": "function", "function": tool}
-        user, answer = Message("user", "a"), Message("assistant", "b")
-        call = {"id": "qXcall000", "type": "function", "function": {"name": "qXcalled", "arguments": {"a": "b"}}}
-        calling = Message("assistant", "", calls=(call,))
-        result = Message("tool", "qXresult", call_id="qXcall000", name="qXcalled")
-        probes = {
-            _TOOLS: ("qXtool", (user, answer), (function,)),
-            _CALLS: ("qXcalled", (user, calling), (function,)),
-            _RESULTS: ("qXresult", (user, calling, result, answer), (function,)),
-            _THOUGHTS: ("qXthought", (user, replace(answer, reasoning="qXthought")), ()),
-        }
-        shown = set()
-        for what, (mark, messages, tools) in probes.items():
-            try:
-                if mark in self._render(Conversation(messages, tools=tools)):
-                    shown.add(what)
-            except TemplateError:
-                shown.add(what)  # whatever it refuses here, it refuses of a row too, for its own reason
-        return shown
-
-    @cached_property
-    def _control(self) -> re.Pattern[str]:
-        """Return a pattern of the tokenizer's control tokens, with a group around it."""
-        tokens = [token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special]
-        return re.compile("(" + ("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)") + ")")
-
-    def _render(self, conversation: Conversation) -> str:
-        """Return the text that transformers renders; that of a prompt if the conversation ends without an answer."""
-        where = conversation.where
-        source, tools = self.source, list(conversation.tools) or None
-        if isinstance(source, dict):
-            source = source["tool_use" if tools and "tool_use" in source else "default"]
-        try:
-            with time_limit(SECONDS):
-                text = self._tokenizer.apply_chat_template(
-                    [as_chat(message) for message in conversation.messages],
-                    tools=tools,
-                    chat_template=source,
-                    tokenize=False,
-                    add_generation_prompt=conversation.messages[-1].role != "assistant",
-                )
-        except TimeoutError:
-            raise TemplateError(
-                f"{where}{': ' if where else ''}the chat template takes more than {SECONDS} s for one conversation; "
-                "use vicuna or chatml"
-            ) from None
-        except Exception as error:  # Jinja's, and whatever a template raises by its own choice
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise TemplateError(f"{where}{': ' if where else ''}the chat template refuses: {reason}") from None
-        return str(text)
-
 
 def _cut(rendered: str, spans: dict[int, tuple[int, int]], read: Callable[[str], Iterator[Part]]) -> Iterator[Part]:
     """Yield a rendered conversation as the parts that `read` finds, cut where answers begin and end."""
@@ -386,43 +331,3 @@ def _learning(
 
 def _stand_ins(roles: Iterable[str]) -> list[Message]:
     return [Message(role, f"{_PADDING}qX{number}Xq{_PADDING[::-1]}") for number, role in enumerate(roles)]
-
-
-def _chosen(found: Any) -> str | dict[str, str]:
-    """Return the chat template of a tokenizer, with the one for tools if it brings both; TemplateError for others."""
-    if isinstance(found, dict) and isinstance(found.get("default"), str):
-        both = {name: found[name] for name in ("default", "tool_use") if isinstance(found.get(name), str)}
-        return both if len(both) > 1 else both["default"]
-    if not isinstance(found, str):
-        raise TemplateError(
-            "template chat: the tokenizer brings no chat template" if not found else
-            "template chat: the tokenizer brings several chat templates; save it with the one to use"
-        )  # fmt: skip
-    return found
-
-
-def _dated(source: str | dict[str, str]) -> str | dict[str, str]:
-    """Return a template that tells the model today's date with that date written out: tomorrow's prompt is the same."""
-    if isinstance(source, dict):
-        return {name: str(_dated(text)) for name, text in source.items()}
-    today = datetime.date.today()
-    return re.sub(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""", lambda call: json.dumps(today.strftime(call[2])), source)
-
-
-def as_chat(message: Message) -> dict[str, Any]:
-    """Return a message as chat templates take it."""
-    chat: dict[str, Any] = {"role": message.role, "content": _text(message)}
-    if message.reasoning:
-        chat["reasoning_content"] = message.reasoning
-    if message.calls:
-        chat["tool_calls"] = list(message.calls)
-    if message.call_id:
-        chat["tool_call_id"] = message.call_id
-    if message.name:
-        chat["name"] = message.name
-    return chat
-
-
-def _text(message: Message) -> str:
-    """Return what a message says, the input below the instruction."""
-    return f"{message.text}\n\n{message.input}" if message.input else message.text

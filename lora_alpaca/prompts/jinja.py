@@ -17,9 +17,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from lora_alpaca.prompts.chat import ChatTemplate, as_chat
+from lora_alpaca.prompts.chat import ChatTemplate
 from lora_alpaca.prompts.conversation import EOS, Conversation
 from lora_alpaca.prompts.loading import AnyTemplate
+from lora_alpaca.prompts.rendering import as_chat
 from lora_alpaca.prompts.template import Template, pieces
 
 _Piece = tuple[str, str]

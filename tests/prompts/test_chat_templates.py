@@ -178,7 +178,7 @@ def test_todays_date_is_tomorrows_too_once_it_is_recorded(tokenizers, monkeypatc
         def today(cls):
             return cls.now
 
-    monkeypatch.setattr("lora_alpaca.prompts.chat.datetime.date", Day)
+    monkeypatch.setattr("lora_alpaca.prompts.rendering.datetime.date", Day)
     template = load_template("chat").bound(tokenizer)
     text = "".join(fragment.text for fragment in template.prompt(talk(1)))
     assert "Today Date: 29 Feb 2024\n" in text
@@ -253,7 +253,7 @@ def test_a_template_that_cannot_be_read_says_so_in_one_line(tokenizers):
 
 
 def test_a_template_that_never_ends_is_refused_in_one_line_and_what_follows_goes_on(tokenizers, monkeypatch):
-    monkeypatch.setattr("lora_alpaca.prompts.chat.SECONDS", 0.3)
+    monkeypatch.setattr("lora_alpaca.prompts.rendering.SECONDS", 0.3)
     tokenizer = tokenizers("qwen2_5")
     source = tokenizer.chat_template
     tokenizer.chat_template = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}" + source
