@@ -2,9 +2,9 @@
 
 import difflib
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from lora_alpaca.config.environment import world_size
 from lora_alpaca.errors import ConfigError
@@ -74,6 +74,11 @@ Dtype = Annotated[Literal["auto", "bf16", "fp16", "fp32"], BeforeValidator(lower
 Device = Annotated[Literal["auto", "cuda", "mps", "cpu"], BeforeValidator(lower)]
 Engine = Annotated[Literal["auto", "packed", "padded"], BeforeValidator(lower)]
 Layers = Annotated[str, BeforeValidator(lower), Field(pattern=r"^(all|top:[1-9]\d{0,3})$")]
+LearningRate = Annotated[
+    Annotated[float, Field(gt=0, le=1, allow_inf_nan=False), Tag("number")] | Annotated[Literal["auto"], Tag("auto")],
+    Discriminator(lambda value: "auto" if value == "auto" else "number"),
+    BeforeValidator(lower),
+]
 AutoBool = Annotated[Literal["auto", "true", "false"], BeforeValidator(lambda value: str(value).lower())]
 
 
@@ -118,13 +123,31 @@ class Options(BaseModel):
         found = other_trainers.translate(given, cls.model_fields, world_size())
         said = [f"flags of other trainers: {'; '.join(found.sentences)}"] if found.sentences else []
         for name in found.unknown:
-            having = [command for command, config in (commands or {}).items() if name in config.model_fields]
+            having = {command: config for command, config in (commands or {}).items() if name in config.model_fields}
+            own = [one for one, config in having.items() if not {*config.__mro__[1:]} & {*having.values()}]
             near = difflib.get_close_matches(name, cls.model_fields, n=1)
             hint = f"did you mean --{near[0]}?" if near else "--help lists them all"
-            said.append(
-                f"--{name} is a flag of {' and '.join(having)} only" if having else f"unknown flag --{name}; {hint}"
-            )
+            elsewhere = f"--{name} is a flag of {' and '.join(own)} only"
+            said.append(elsewhere if having else f"unknown flag --{name}; {hint}")
         return "; ".join(said)
+
+    @classmethod
+    def takes_file(cls) -> bool:
+        """Return whether options of this command may be in a file: not where they are written without their names."""
+        return not cls.positional
+
+    @classmethod
+    def is_switch(cls, name: str) -> bool:
+        """Return whether a name is that of an option which is true or false."""
+        annotation = cls.model_fields[name].annotation if name in cls.model_fields else str
+        return annotation is bool or bool in get_args(annotation)
+
+    @classmethod
+    def is_list(cls, name: str) -> bool:
+        """Return whether a name is that of an option which has several values."""
+        annotation = cls.model_fields[name].annotation if name in cls.model_fields else str
+        kinds = [get_args(kind)[0] if hasattr(kind, "__metadata__") else kind for kind in get_args(annotation)]
+        return any(get_origin(kind) is list for kind in (annotation, *kinds))
 
     def is_set(self, name: str) -> bool:
         """Return whether the user gave this option, rather than leaving it at its default."""

@@ -81,6 +81,15 @@ def _deepspeed(value: str) -> Answer:
     return f"{stage} --offload cpu" if offloads and isinstance(stage, str) and stage != "--shard none" else stage
 
 
+def _max_minutes(value: str) -> Answer:
+    """Return what a time limit written as DD:HH:MM:SS is here."""
+    parts = value.split(":")
+    if len(parts) != 4 or not all(part.isdecimal() for part in parts):
+        return Missing("--max_minutes N")
+    days, hours, minutes, seconds = map(int, parts)
+    return f"--max_minutes {days * 1440 + hours * 60 + minutes + seconds / 60:g}"
+
+
 def _last_layers(value: str) -> Answer:
     """Return what a number of trainable layers is here; others count the first ones below zero."""
     return f"--layers top:{value}" if value.isdecimal() and int(value) else Missing("--layers top:N, the last N")
@@ -265,13 +274,15 @@ TABLE: dict[str, Any] = {  # an Answer, value -> Answer, or a function of the va
     "dataloader_pin_memory": Omit("rows are encoded once, before the first step"),
     "dataloader_drop_last": {FALSE: Omit("the last step of an epoch takes the rows that are left"), ANY: Missing("")},
     "remove_unused_columns": Omit("unused fields are told"),
-    "neftune_noise_alpha": _NEVER,
+    "neftune_noise_alpha": "--neftune_alpha {}",
+    "noisy_embedding_alpha": "--neftune_alpha {}",
     # how long, how fast
     "num_train_epochs": "--num_epochs {}",
     "max_epochs": "--num_epochs {}",
     "epochs": "--num_epochs {}",
     "n_epochs": "--num_epochs {}",
     "max_train_steps": "--max_steps {}",
+    "max_time": _max_minutes,
     "total_batch_size": "--batch_size {}",
     "train_batch_size": "--batch_size {}",
     "per_device_eval_batch_size": Omit("validation is computed as training is"),
@@ -314,6 +325,7 @@ TABLE: dict[str, Any] = {  # an Answer, value -> Answer, or a function of the va
     "lora_dim": "--lora_r {}",
     "lora_scaling": Missing("--lora_alpha is the scale times --lora_r"),
     "target_modules": "--lora_target_modules {}",
+    "target_parameters": "--lora_target_parameters {}",
     "lora_target": {"all": "--lora_target_modules all-linear", ANY: "--lora_target_modules {}"},
     "lora_modules": {"all": "--lora_target_modules all-linear", ANY: "--lora_target_modules {}"},
     "lora_target_linear": {TRUE: "--lora_target_modules all-linear", FALSE: Omit("--lora_target_modules says it")},
@@ -326,7 +338,9 @@ TABLE: dict[str, Any] = {  # an Answer, value -> Answer, or a function of the va
     "additional_target": Missing("the adapter is LoRA alone"),
     "init_lora_weights": {TRUE: Omit("B begins as zero"), ANY: Missing("B begins as zero")},
     "pissa_init": _NEVER,
-    "loraplus_lr_ratio": _NEVER,
+    "loraplus_lr_ratio": "--lora_plus_ratio {}",
+    "lorap_lr_ratio": "--lora_plus_ratio {}",
+    "loraplus_lr_embedding": Missing("--lora_plus_ratio is of B, of embeddings too"),
     "merge_lora_weights": Missing("lora-alpaca export merges the adapter afterwards"),
     # what is said and saved
     "save_path": "--output_dir {}",
