@@ -12,10 +12,16 @@ import torch
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as BOTH_WAYS
-from transformers.utils.hub import cached_file, extract_commit_hash, get_checkpoint_shard_files, has_file
+from transformers.utils.hub import (
+    cached_file,
+    extract_commit_hash,
+    get_checkpoint_shard_files,
+    has_file,
+    is_offline_mode,
+)
 
 from lora_alpaca.config.shared import DEMO
-from lora_alpaca.errors import LoraAlpacaError, ModelError
+from lora_alpaca.errors import LoraAlpacaError, ModelError, first_line
 from lora_alpaca.models import quantization
 from lora_alpaca.models.device import DeviceSpec
 from lora_alpaca.models.weights import weights_damage
@@ -76,7 +82,8 @@ def locate_base(
         )
         raise ModelError(f"{flag} {name}: {hint if folder.exists() else 'no such folder'}")
     path = str(folder.resolve()) if local else name
-    what = f"{flag} {name}" + ("" if local else ": no folder of this name here, and the hub gives none")
+    unasked = " (HF_HUB_OFFLINE is set)" * is_offline_mode()
+    what = f"{flag} {name}" + ("" if local else f": no folder of this name here, and the hub gives none{unasked}")
     with as_model_error(what):
         # the file lies in a folder named by its commit: what a branch means may change, and this does not
         commit = None if local else extract_commit_hash(cached_file(path, "config.json", revision=revision), None)
@@ -263,12 +270,5 @@ class as_model_error:
         root: BaseException | None = error
         while root is not None and root.__cause__ is not None:
             root = root.__cause__
-        reason, cause = _first_line(error), _first_line(root)
+        reason, cause = first_line(error), first_line(root)
         raise ModelError(f"{self.what}: {reason}" + (f", because {cause}" if cause not in reason else "")) from error
-
-
-def _first_line(error: BaseException | None) -> str:
-    """Return the first line of a message, and the next ones as long as they end in a colon."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    last = next((number for number, line in enumerate(lines) if not line.endswith(":")), 0)
-    return " ".join(lines[: last + 1]).removesuffix(".")

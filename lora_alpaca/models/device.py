@@ -1,5 +1,6 @@
 """Where and in what precision a model computes: the one table of devices, dtypes and bits."""
 
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 
 from lora_alpaca.config.shared import ModelOptions
 from lora_alpaca.errors import ConfigError, ModelError
-from lora_alpaca.models import quantization
+from lora_alpaca.models import cards, quantization
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -24,9 +25,13 @@ class DeviceSpec:
     bits: int
     kind: str = ""
 
+    @property
+    def dtype_name(self) -> str:
+        """Return the compute dtype as --dtype has it."""
+        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+
     def __str__(self) -> str:
-        name = next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
-        return f"{self.kind or quantization.BITS[self.bits]} base, {name} compute on {self.device.type}"
+        return f"{self.kind or quantization.BITS[self.bits]} base, {self.dtype_name} compute on {self.device.type}"
 
 
 def choose_device(
@@ -34,11 +39,13 @@ def choose_device(
 ) -> tuple[DeviceSpec, list[str]]:
     """Return where and how to compute, and a note for everything that is not available as asked.
 
-    `device` is what a launcher has already chosen. Raises ConfigError for a device that is not there, ModelError where
-    bitsandbytes is needed and is not.
+    `device` is what a launcher has already chosen. Raises ConfigError for a device that is not there or is too old,
+    ModelError where bitsandbytes is needed and is not.
     """
     device = device or pick_device(options.device)
     notes: list[str] = []
+    if device.type == "cpu" and options.device == "auto" and (reason := cards.unused()):
+        notes.append(f"the NVIDIA card of this machine is not used: {reason}")
     dtype = options.dtype
     if dtype == "auto":
         dtype = "bf16" if has_bf16(device) else "fp16" if device.type == "cuda" else "fp32"
@@ -85,14 +92,24 @@ def as_stored(spec: DeviceSpec, config: Any, name: str, options: ModelOptions) -
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the asked device, or for `auto` the first there is of cuda, mps, cpu."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    """Return the asked device, or for `auto` the first there is of cuda, mps, cpu.
+
+    Raises ConfigError for one that is not there, and for a card that is too old, or too new for this torch.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "CUDA initialization", UserWarning)  # it is told in our own line
+        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(device for device, available in there.items() if available)
     if not there[name]:
         found = ", ".join(device for device, available in there.items() if available)
-        raise ConfigError(f"--device {name}: torch sees no such device here; it sees {found}")
-    return torch.device(name)
+        reason = cards.unused() if name == "cuda" else ""
+        because = f"; this machine has a card: {reason}" if reason else ""
+        raise ConfigError(f"--device {name}: torch sees no such device here; it sees {found}{because}")
+    device = torch.device(name)
+    if name == "cuda":
+        cards.require_able(device)
+    return device
 
 
 def has_bf16(device: torch.device) -> bool:

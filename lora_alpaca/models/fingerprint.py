@@ -1,7 +1,7 @@
 """Which base model this is: a sha256 of its config and of its weights, the same wherever the files lie.
 
-Every file is read once. Its hash is kept in the user's cache under its path, size and time of change, and is free
-from then on. Files that huggingface_hub has downloaded are named by their hash already, and are not read at all.
+Every file is read once. Its hash is kept in the user's cache under its path, size, time of change and inode, and is
+free from then on. Files that huggingface_hub has downloaded are named by their hash already, and are not read at all.
 """
 
 import hashlib
@@ -69,14 +69,14 @@ def file_hashes(paths: Sequence[Path]) -> list[str]:
 
 
 def _hash(path: Path, kept: dict[str, Any]) -> tuple[str, list[Any]]:
-    """Return the real path of a file, and its size, time of change and hash."""
+    """Return the real path of a file, and its size, time of change, inode and hash."""
     real = path.resolve()
     now = real.stat()
-    facts = [now.st_size, now.st_mtime_ns]
+    facts = [now.st_size, now.st_mtime_ns, now.st_ino]  # another file of the same time and size is another file
     if real.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", real.name):
         return str(real), [*facts, real.name]
     before = kept.get(str(real))
-    if isinstance(before, list) and before[:2] == facts and len(before) == 3:
+    if isinstance(before, list) and before[:-1] == facts:
         return str(real), before
     return str(real), [*facts, sha256(real)]
 

@@ -45,8 +45,9 @@ def attach(model: Any, config: FinetuneConfig, base: Base) -> PeftModel:
     lora = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
+        lora_dropout=0.0 if config.lora_target_parameters else config.lora_dropout,
         **_where(model, config),
+        target_parameters=targets.parameters(model, config.lora_target_parameters or []) or None,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
         bias="none",

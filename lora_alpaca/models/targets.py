@@ -86,6 +86,22 @@ def resolve(model: Any, asked: Sequence[str]) -> list[str] | str:
     return "|".join(f"(?:{target})" if target in expressions else rf"(?:.*\.)?{re.escape(target)}" for target in asked)
 
 
+def parameters(model: Any, asked: Sequence[str]) -> list[str]:
+    """Return parameters as PEFT takes them, by the ends of their names.
+
+    Raises ModelError for one that is not there, that is the weight of a linear layer, or that is no stack of matrices.
+    """
+    stacks = sorted(name for name, part in model.named_parameters() if part.dim() == 3)
+    missing = [one for one in asked if not any(name == one or name.endswith(f".{one}") for name in stacks)]
+    if missing:
+        there = ", ".join(sorted({".".join(name.split(".")[-2:]) for name in stacks}))
+        raise ModelError(
+            f"--lora_target_parameters {','.join(missing)}: the model has no such stack of matrices; "
+            + (f"it has {there}" if there else f"it has none, and its layers are for {FLAG}")
+        )
+    return list(asked)
+
+
 def linear_names(model: Any) -> list[str]:
     """Return the last name parts of all linear layers but the head: what an adapter can be put on."""
     return sorted({name.rpartition(".")[2] for name in _linear(model)})

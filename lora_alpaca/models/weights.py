@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from safetensors.torch import save as tensors_to_bytes
 
-from lora_alpaca.errors import LoraAlpacaError
+from lora_alpaca.errors import LoraAlpacaError, first_line
 from lora_alpaca.models.trainable import State
 
 DTYPES = {  # by their names in safetensors files
@@ -109,8 +109,7 @@ def pickled_tensors(path: Path) -> State:
                 raise
             found = torch.load(path, map_location="cpu", weights_only=True)  # the format before torch 1.6
     except Exception as error:  # a damaged or malicious file can raise anything
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ValueError(f"holds no plain tensors, or is damaged; not loaded ({reason:.100})") from None
+        raise ValueError(f"holds no plain tensors, or is damaged; not loaded ({first_line(error):.100})") from None
     plain = (torch.Tensor, torch.nn.Parameter)
     if not isinstance(found, dict) or not all(type(n) is str and type(value) in plain for n, value in found.items()):
         raise ValueError("holds something else than tensors by their names; not converted")

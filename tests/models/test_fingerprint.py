@@ -91,6 +91,18 @@ def test_a_file_of_the_same_size_and_another_time_is_read_again(folder):
     assert of(folder) != before
 
 
+def test_a_file_that_was_put_in_the_place_of_another_is_read_again(folder, tmp_path):
+    """As `cp --preserve` and a rename leave it: of the same size and the same time."""
+    before, weights = of(folder), folder / "model.safetensors"
+    copy = shutil.copy2(weights, tmp_path / "copy")
+    found = weights.stat()
+    turn_a_bit(copy)
+    os.utime(copy, ns=(found.st_atime_ns, found.st_mtime_ns))
+    os.replace(copy, weights)
+    assert (weights.stat().st_size, weights.stat().st_mtime_ns) == (found.st_size, found.st_mtime_ns)
+    assert of(folder) != before
+
+
 def test_the_hash_of_a_file_that_was_only_just_written_is_not_kept(folder, cache):
     os.utime(folder / "model.safetensors")
     of(folder)
