@@ -5,11 +5,15 @@ touching all its pages anew: a third of the time of a plain training step on a C
 """
 
 import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 # the numbers of mallopt's parameters, in glibc's malloc.h
 TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD, MMAP_MAX = -1, -2, -3, -4
 PAD_BYTES = 256 * 2**20
 MAPPED_BYTES, MAPS = 2**20, 65_536  # from this size on, and at most so many
+KERNEL_CACHES, KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"), 64  # of oneDNN, and before it
 
 
 def keep_large_buffers() -> bool:
@@ -23,6 +27,38 @@ def return_large_buffers() -> bool:
     Sharded weights that are gathered and let go, layer by layer, would otherwise add up to several times the model.
     """
     return _set((MMAP_MAX, MAPS), (MMAP_THRESHOLD, MAPPED_BYTES))
+
+
+@contextmanager
+def returning_large_buffers() -> Iterator[None]:
+    """Within this context, give back at once what is freed, what is free already too, and keep it again afterwards.
+
+    Token by token a generation makes buffers that fit into no gap of a heap that is kept: a buffer more for each token.
+    What a step has left free there would lie beside all of them.
+    """
+    return_large_buffers()
+    trim()
+    try:
+        yield
+    finally:
+        trim()
+        keep_large_buffers()
+
+
+def bound_kernel_caches() -> None:
+    """Let few compiled products be kept on a CPU, unless the user says how many: the library reads it at its first one.
+
+    It compiles a product in 16 bits for every shape and keeps 1024 of them, which are a gigabyte where lengths differ.
+    Packs have few lengths, with which keeping more makes no step faster.
+    """
+    for name in KERNEL_CACHES:
+        os.environ.setdefault(name, str(KERNELS))
+
+
+def trim() -> None:
+    """Give back to the system what is free in the heap, wherever that is: once, after work that needed more."""
+    with suppress(AttributeError, OSError, TypeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _set(*settings: tuple[int, int]) -> bool:

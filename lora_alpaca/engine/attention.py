@@ -10,7 +10,6 @@ is an error.
 Shapes: N tokens, H query heads, G key and value heads, D head size.
 """
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -19,11 +18,15 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from lora_alpaca.engine.block_attention import in_blocks
 from lora_alpaca.engine.packing import PackedBatch
 
 NAME = "packed"
 PLAIN = "sdpa"  # what a call without a pack gets
 RESTARTS = torch.empty(1, 1, 0, 0)  # the mask of a call whose positions restart; it masks nothing
+SHORT = 128  # tokens up to which gradients of attention in 16 bits are computed in fp32, on a CPU
+KERNEL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # what F.scaled_dot_product_attention calls
+GRADIENT = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 NOT_PACKED = ("softcap", "s_aux", "position_bias")  # options of attention that packed attention does not have
 
 
@@ -50,7 +53,7 @@ def packed_attention(
             raise NotImplementedError(f"its attention has {name}")
     if (window := options.get("sliding_window")) is not None and window < pack.longest:
         raise NotImplementedError(f"its attention window of {window} tokens is shorter than a row of {pack.longest}")
-    attend = _in_blocks if query.is_cuda else _by_segment
+    attend = in_blocks if query.is_cuda else _by_segment
     return attend(query, key, value, pack, dropout, scaling).transpose(1, 2), None
 
 
@@ -70,12 +73,62 @@ def _by_segment(
             k = torch.cat([*(keys[other] for other in segment.above), k], 2)  # [1, G, path, D]
             v = torch.cat([*(values[other] for other in segment.above), v], 2)
             mask = _path_mask(pack, q.shape[2], k.shape[2], query)
-        outputs.append(
-            F.scaled_dot_product_attention(
-                q, k, v, mask, dropout, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-            )
-        )
+        outputs.append(_attend(q, k, v, mask, dropout, scale))
     return torch.cat(outputs, 2)
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    scale: float | None,
+) -> torch.Tensor:
+    """Return the attention of one segment, causal where there is no mask."""
+    halves, size = query.dtype in (torch.bfloat16, torch.float16), query.shape[3]
+    if halves and query.device.type == "cpu" and key.shape[2] <= SHORT and not dropout and value.shape[3] == size:
+        groups = query.shape[1] // key.shape[1]
+        key, value = (one.repeat_interleave(groups, 1) if groups > 1 else one for one in (key, value))
+        return Fp32Gradient.apply(query, key, value, mask, scale)
+    grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(
+        query, key, value, mask, dropout, is_causal=mask is None, scale=scale, enable_gqa=grouped
+    )
+
+
+class Fp32Gradient(torch.autograd.Function):
+    """Attention by torch's kernel for CPUs in 16 bits, whose gradients are computed in fp32.
+
+    In 16 bits the kernel has no products of its own for the backward pass: it asks a library for five small ones a
+    head, and each costs more to set up than to compute. Up to 128 tokens, fp32 takes a third to three quarters of the
+    time (decision 26).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float | None,
+    ) -> torch.Tensor:
+        """Return the attention of queries to as many heads of keys and values."""
+        ctx.options = {"dropout_p": 0.0, "is_causal": mask is None, "scale": scale}
+        output, logsumexp = KERNEL(query, key, value, attn_mask=mask, **ctx.options)
+        ctx.save_for_backward(query, key, value, output, logsumexp)
+        ctx.mask = mask
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, by_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradients by query, key and value."""
+        *halves, logsumexp = ctx.saved_tensors
+        wide = [one.float() for one in (by_output, *halves)]
+        mask = None if ctx.mask is None else ctx.mask.float()
+        found = GRADIENT(*wide, logsumexp, attn_mask=mask, **ctx.options)
+        return (*(one.to(by_output.dtype) for one in found), None, None)
 
 
 def _path_mask(pack: PackedBatch, own: int, path: int, like: torch.Tensor) -> torch.Tensor:
@@ -85,42 +138,6 @@ def _path_mask(pack: PackedBatch, own: int, path: int, like: torch.Tensor) -> to
         mask = torch.full((own, path), float("-inf"), dtype=like.dtype, device=like.device)
         pack.masks[shape] = mask.triu_(path - own + 1)
     return pack.masks[shape]
-
-
-# --------------------------------------------------------------------------------------------------------------- CUDA
-
-
-def _in_blocks(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pack: PackedBatch, dropout: float, scale: float | None
-) -> torch.Tensor:
-    """Return [1, H, N, D]: one FlexAttention call that skips the blocks in which nothing sees anything."""
-    if dropout:
-        raise NotImplementedError(f"its attention has a dropout of {dropout}, which FlexAttention does not know")
-    attend, mask = _flex_attention(compiled=query.is_cuda), block_mask(pack, query.device)
-    return attend(query, key, value, block_mask=mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
-
-
-@cache
-def _flex_attention(compiled: bool) -> Any:
-    """Return FlexAttention, compiled once for packs of every length."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
-
-
-def block_mask(pack: PackedBatch, device: torch.device) -> Any:
-    """Return FlexAttention's form of "a token sees its own path", made once a pack."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    if "blocks" not in pack.masks:
-        ends = pack.subtree_ends()  # [N]
-
-        def sees(batch: Any, head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-            return (key <= query) & (query < ends[key])
-
-        tokens = len(ends)
-        pack.masks["blocks"] = create_block_mask(sees, None, None, tokens, tokens, device=str(device))
-    return pack.masks["blocks"]
 
 
 # ------------------------------------------------------------------------------------------------------- registration

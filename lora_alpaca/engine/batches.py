@@ -29,6 +29,10 @@ class Batch:
         """Return the keyword arguments of the model."""
         raise NotImplementedError
 
+    def places(self) -> list[slice]:
+        """Return where each row is among the inputs, flattened. Raises ValueError where rows share inputs."""
+        raise NotImplementedError
+
     def sum_by_row(self, losses: torch.Tensor) -> torch.Tensor:
         """Return the sum of the losses [T] of each row, as [rows]; a shared prediction counts in all its rows."""
         row, prediction = self.row_index.to(losses.device), self.prediction_index.to(losses.device)
@@ -44,6 +48,15 @@ class PaddedBatch(Batch):
     def inputs(self) -> dict[str, Any]:
         """Return the keyword arguments of the model."""
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+
+    def places(self) -> list[slice]:
+        """Return where each row is among the inputs, flattened, without what fills it up."""
+        longest = self.input_ids.shape[1]
+        return [slice(row * longest, row * longest + tokens) for row, tokens in enumerate(self._lengths())]
+
+    def _lengths(self) -> list[int]:
+        lengths: list[int] = self.attention_mask.sum(1).tolist()
+        return lengths
 
 
 def pad(examples: Sequence[Example], pad_id: int, device: torch.device | str = "cpu") -> PaddedBatch:

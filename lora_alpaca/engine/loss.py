@@ -8,8 +8,24 @@ from typing import Any
 
 import torch
 
-PIECE_BYTES = 32 * 2**20  # of fp32 logits in memory at a time
+PIECE_BYTES = 32 * 2**20  # of fp32 logits in memory at a time, at least
+CARD_ROWS = 1024  # that a card computes at a time, or it waits more than it computes
+CARD_SHARE = 1 / 40  # of its memory, and no more rows than that; with what is made of them they take a sixteenth
 PieceLoss = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def piece_bytes(device: torch.device, vocabulary: int) -> int:
+    """Return the bytes of the fp32 logits that are in memory at a time.
+
+    They are by the whole memory of a card and not by what is free: that of a run that resumes is another, and so would
+    its rounding be.
+    """
+    if device.type != "cuda":
+        return PIECE_BYTES
+    wanted = 4 * CARD_ROWS * vocabulary
+    if torch.cuda.is_available():  # a plan may be for a card that is not here
+        wanted = min(wanted, int(torch.cuda.get_device_properties(device).total_memory * CARD_SHARE))
+    return max(PIECE_BYTES, wanted)
 
 
 def piece_loss(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -122,7 +138,7 @@ class LearningHeadCrossEntropy(torch.autograd.Function):
 
 def _pieces(hidden: torch.Tensor, head: torch.Tensor) -> Iterator[slice]:
     """Yield the rows whose logits are in memory at a time."""
-    piece = max(1, PIECE_BYTES // (4 * head.shape[0]))
+    piece = max(1, piece_bytes(hidden.device, head.shape[0]) // (4 * head.shape[0]))
     for start in range(0, len(hidden), piece):
         yield slice(start, start + piece)
 
@@ -150,7 +166,7 @@ class CrossEntropy(torch.autograd.Function):
         """Return the losses of logits [T, V] as `dtype` [T]."""
         losses = torch.empty(len(logits), dtype=dtype, device=logits.device)
         grad = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
-        piece = max(1, PIECE_BYTES // (4 * logits.shape[1]))
+        piece = max(1, piece_bytes(logits.device, logits.shape[1]) // (4 * logits.shape[1]))
         for start in range(0, len(logits), piece):
             part = slice(start, start + piece)
             exact, wanted = logits[part].to(dtype, copy=True), labels[part, None]

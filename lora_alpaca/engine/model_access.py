@@ -42,6 +42,9 @@ class ModelAccess(Protocol):
     def largest(self, number: float) -> float:
         """Return the largest of a number that every rank has found, so that all of them decide alike."""
 
+    def agreed(self, text: str) -> str:
+        """Return the first text of all ranks that is not empty, on all of them; every rank calls it."""
+
 
 class WholeModel:
     """A model that this rank holds whole."""
@@ -59,3 +62,7 @@ class WholeModel:
     def largest(self, number: float) -> float:
         """Return the number."""
         return number
+
+    def agreed(self, text: str) -> str:
+        """Return the text."""
+        return text

@@ -14,6 +14,7 @@ from lora_alpaca.engine import attention
 from lora_alpaca.engine.int8_linear import int8_forward
 from lora_alpaca.engine.model_access import ModelAccess, WholeModel, through
 from lora_alpaca.engine.pointwise import Pointwise
+from lora_alpaca.errors import first_line
 from lora_alpaca.models import quantization
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
@@ -22,9 +23,10 @@ Forward = Callable[[torch.Tensor], torch.Tensor]
 @contextmanager
 def patched(
     model: torch.nn.Module, dtype: torch.dtype, pointwise: Pointwise, access: ModelAccess | None = None
-) -> Iterator[None]:
-    """Within this context, our layers replace those of a model, where they compute the same."""
+) -> Iterator[list[str]]:
+    """Within this context, our layers replace those of a model, where they compute the same. Yield what failed."""
     same: dict[Any, bool] = {}  # one test serves all modules of a kind
+    notes = list[str]()
     access = access or WholeModel()
     with ExitStack() as undo:
         for module in list(model.modules()):
@@ -44,10 +46,15 @@ def patched(
             kind = (type(module), *((tuple(one.shape), one.dtype, one.requires_grad) for one in module.parameters()))
             if kind not in same:
                 with access.gathered(module):
-                    same[kind] = _computes_the_same(module, ours, expected, dtype, tolerance)
+                    try:
+                        same[kind] = _computes_the_same(module, ours, expected, dtype, tolerance)
+                    except Exception as error:  # the compiler's, or of a module that only looks like the one we know
+                        same[kind] = False
+                        reason = first_line(error)
+                        notes.append(f"{type(module).__name__} is not made faster, for that fails ({reason})")
             if same[kind]:
                 set_until(undo, module, "forward", ours)
-        yield
+        yield notes
 
 
 @contextmanager
@@ -134,13 +141,9 @@ def _computes_the_same(module: Any, ours: Forward, expected: Forward, dtype: tor
     draw = torch.Generator().manual_seed(0)  # the global random state must not change
     x = torch.randn(1, 4, width, generator=draw).to(weight.device, dtype).requires_grad_()
     learning = [weight] if weight.requires_grad and weight.dim() == 1 else []  # of a norm; a product is the library's
-    try:
-        y = expected(x)
-        by_y = torch.randn(y.shape, generator=draw).to(y.device, dtype)
-        pairs = ((out, *torch.autograd.grad(out, [x, *learning], by_y.to(out.dtype))) for out in (ours(x), y))
-        found, wanted = pairs
-    except Exception:  # a module that only looks like the one we know
-        return False
+    y = expected(x)
+    by_y = torch.randn(y.shape, generator=draw).to(y.device, dtype)
+    found, wanted = ((out, *torch.autograd.grad(out, [x, *learning], by_y.to(out.dtype))) for out in (ours(x), y))
     return all(_close(one, other, tolerance) for one, other in zip(found, wanted, strict=True))
 
 

@@ -7,17 +7,23 @@ once, whether gradients are asked for or not, where the compiler's own different
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from lora_alpaca.engine.loss import PieceLoss, piece_loss, piece_loss_in_place
+from lora_alpaca.errors import first_line
 
 Tensors = Callable[..., torch.Tensor]
 Gradients = Callable[..., tuple[torch.Tensor | None, ...]]
-# the compiler builds a test program for every instruction set that the processor has: two thirds of a cold start
-OPTIONS: dict[str, Any] = {"cpp.vec_isa_ok": True}
+OPTIONS: dict[str, Any] = {
+    "cpp.vec_isa_ok": True,  # it would build a test program for every instruction set that the processor has
+    # 155 MB of headers that all of a user's programs share, and of which a kill leaves a part that fails ever after;
+    # without it a first compilation takes 13 s, not 12
+    "cpp_cache_precompile_headers": False,
+}
 WIDE = 8192  # columns from which the compiler makes of a sum what it makes for a vocabulary
 
 
@@ -82,8 +88,7 @@ def compiled(device: torch.device, dtype: torch.dtype) -> tuple[Pointwise, str]:
         functions = made_by(_compile_once)
         found, expected = (loss(logits, labels) for loss in (functions.piece_loss, piece_loss))
     except Exception as error:  # the compiler's errors have no common base
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        return Pointwise(), reason
+        return Pointwise(), first_line(error)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     if not all(torch.allclose(one, other, atol=tolerance) for one, other in zip(found, expected, strict=True)):
         return Pointwise(), "what it makes computes something else"
@@ -108,9 +113,31 @@ def _compile_once(function: Callable[..., Any]) -> Callable[..., Any]:
         # `data`: whether a tensor is a view, or learns, is nothing to the compiler
         plain = [value.data if isinstance(value, torch.Tensor) else value for value in inputs]
         with torch.no_grad(), torch.autocast(plain[0].device.type, enabled=False):
-            return made(*plain)
+            try:
+                return made(*plain)
+            except Exception as error:  # the compiler's errors have no common base
+                if not _removed_broken_library(error):
+                    raise
+                return made(*plain)
 
     return call
+
+
+def _removed_broken_library(error: BaseException | None) -> bool:
+    """Remove the library that an error says cannot be loaded from the compiler's cache, and return whether it did.
+
+    The compiler links into the place where it looks for what it has made: a kill meanwhile leaves a part of a file
+    there, which fails in every later run.
+    """
+    from torch._inductor.runtime.cache_dir_utils import cache_dir  # what compiles has imported it
+
+    while error is not None and not isinstance(error, ImportError):
+        error = getattr(error, "inner_exception", None) or error.__cause__
+    path = Path(error.path) if isinstance(error, ImportError) and error.path else None
+    if path is None or path.suffix != ".so" or Path(cache_dir()) not in path.parents:
+        return False
+    path.unlink(missing_ok=True)
+    return True
 
 
 def _differentiable(function: Tensors, gradient: Gradients, learning: Gradients | None = None) -> Tensors:

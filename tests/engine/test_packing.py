@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_alpaca.data.examples import IGNORED, Example
-from lora_alpaca.engine.packing import LEAST_SAVED, pack, packs
+from lora_alpaca.engine.packing import LEAST_SAVED, dealt, pack, packs, shares
 
 PREAMBLE = list(range(100, 130))
 
@@ -56,10 +56,12 @@ def predictions(rows):
     )
 
 
-@given(examples(), st.booleans())
+@given(examples(), st.booleans(), st.sampled_from([1, 7, 32]))
 @settings(max_examples=200, deadline=None)
-def test_a_prediction_sees_its_own_row_and_nothing_else(rows, share):
-    packed = pack(rows, share)
+def test_a_prediction_sees_its_own_row_and_nothing_else(rows, share, multiple):
+    packed = pack(rows, share, multiple=multiple)
+    assert len(packed.input_ids[0]) % multiple == 0
+    assert packed.positions.max() < packed.longest <= max(len(row.ids) for row in rows)  # a model may take no more
     ids, positions, ends = packed.input_ids[0].tolist(), packed.positions[0].tolist(), packed.subtree_ends().tolist()
     found = Counter()
     for place, label, weight in zip(packed.indices, packed.labels, packed.weights, strict=True):
@@ -69,11 +71,11 @@ def test_a_prediction_sees_its_own_row_and_nothing_else(rows, share):
     assert found == predictions(rows)
 
 
-@given(examples())
+@given(examples(), st.sampled_from([1, 32]))
 @settings(max_examples=100, deadline=None)
-def test_paths_and_subtrees_say_the_same(rows):
+def test_paths_and_subtrees_say_the_same(rows, multiple):
     """Attention by segment follows `above`, attention in blocks `subtree_ends`."""
-    packed = pack(rows)
+    packed = pack(rows, multiple=multiple)
     ends = packed.subtree_ends().tolist()
     for number, segment in enumerate(packed.segments):
         path = [*segment.above, number]
@@ -206,6 +208,14 @@ def test_beginnings_branch_more_than_once():
     assert sorted(len(segment.above) for segment in packed.segments) == [0, 1, 1, 2, 2]
 
 
+def test_every_token_knows_its_place_among_all_rows():
+    rows = [Example([*range(20), 30 + number], [(5, 21)], place=100 * number) for number in range(3)]
+    packed = pack(rows, share=False, multiple=32)
+    places = [*range(20), *range(100, 120), *range(200, 220)]
+    assert packed.token_places.tolist() == [*places, *[219] * 4]
+    assert pack([*rows, example([1, 2, 3], 1)]).token_places is None
+
+
 def test_the_same_row_twice_weighs_twice():
     row = example([*PREAMBLE, 7, 8], 30)
     packed = pack([row, row])
@@ -235,6 +245,27 @@ def test_packs_are_few_and_alike():
     sizes = [pack([rows[row] for row in part]).input_ids.numel() for part in packs(rows, 1000)]
     assert len(sizes) <= -(-sum(sizes) // 1000) + 1
     assert max(sizes) - min(sizes) < 200
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_ranks_have_equal_shares_of_the_rows(ranks, share):
+    rows, efficiency = alpaca_like(128), []
+    for budget in (400, 1000, 2000):
+        found = shares(rows, budget, share, ranks)
+        assert sorted(row for packs_of_rank in found for part in packs_of_rank for row in part) == list(range(128))
+        assert max(map(len, found)) - min(map(len, found)) <= 1
+        tokens = [sum(pack([rows[row] for row in part], share).input_ids.numel() for part in one) for one in found]
+        efficiency.append(sum(tokens) / ranks / max(tokens))
+    if ranks == 1:
+        assert found == [packs(rows, 2000, share)]
+    assert min(efficiency) > 0.9
+
+
+def test_packs_are_dealt_by_their_size_and_alike_every_time():
+    assert dealt([5, 9, 9, 1, 3, 4], 2) == [[1, 0, 3], [2, 5, 4]]
+    assert dealt([5, 9, 9, 1, 3, 4], 1) == [[0, 1, 2, 3, 4, 5]]
+    assert dealt([7], 3) == [[0], [], []]
 
 
 def test_packs_come_from_the_rows_alone():

@@ -49,11 +49,45 @@ FIT = """
 @pytest.mark.slow
 def test_compiled_parts_have_the_same_gradients(tmp_path):
     said = in_a_process_of_its_own(FIT, tmp_path)
-    assert "piece_loss engine: packs of 200 tokens, ready in" in said
-    assert int(said.splitlines()[-2]) == 6  # one for each function, and one for the loss with a tiny vocabulary
+    assert said.startswith("piece_loss ") and "engine: packs of 200 tokens, ready in" in said
+    failed = said.count("is not made faster")  # a library that was compiled may not load; that is said, and costs speed
+    assert int(said.splitlines()[-2]) == 6 - 2 * failed, said  # for each function, and the loss with a tiny vocabulary
+    assert failed < 2, said
     name, off = eval(said.splitlines()[-1])
     assert name == "packed"
     assert off < 1e-5
+
+
+GATE = """
+    import torch
+    from lora_alpaca.engine import pointwise
+    gate, up = torch.randn(2, 3, 8)
+    found = pointwise._compile_once(pointwise.silu_gate)(gate, up)
+    assert torch.allclose(found, pointwise.silu_gate(gate, up), atol=1e-6)
+"""
+
+
+@pytest.mark.slow
+def test_what_a_kill_left_of_a_compiled_library_is_compiled_again(tmp_path):
+    """The compiler links into its cache: a file that was cut is found there ever after."""
+    cache = tmp_path / "cache"
+    in_a_process_of_its_own(GATE, tmp_path, TORCHINDUCTOR_CACHE_DIR=str(cache))
+    (library,) = cache.rglob("*.main.so")
+    whole = library.read_bytes()
+    library.write_bytes(whole[:10])
+    in_a_process_of_its_own(GATE, tmp_path, TORCHINDUCTOR_CACHE_DIR=str(cache))
+    assert library.stat().st_size == len(whole)
+
+
+@pytest.mark.slow
+def test_only_the_compilers_own_libraries_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    for name in ("cache/a/other.txt", "elsewhere.so"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+        assert not pointwise._removed_broken_library(ImportError("no", path=str(tmp_path / name)))
+        assert (tmp_path / name).exists()
+    assert not pointwise._removed_broken_library(RuntimeError("cc1plus: killed"))
 
 
 @pytest.mark.slow
@@ -99,6 +133,16 @@ def replaced(model, functions):
 )
 def test_a_part_is_put_in_where_it_computes_what_it_replaces(family, kinds):
     assert replaced(make(family).get_base_model(), eager()) == kinds
+
+
+def test_a_part_that_fails_is_named():
+    def fails(gate, up):
+        raise RuntimeError("cc1plus: killed\nand more")
+
+    model = make("Llama").get_base_model()
+    with patches.patched(model, torch.float32, eager(silu_gate=fails)) as notes:
+        assert not any("forward" in vars(module) for module in model.modules() if "MLP" in type(module).__name__)
+    assert notes == ["LlamaMLP is not made faster, for that fails (cc1plus: killed)"]
 
 
 def test_a_part_with_another_gradient_is_not_put_in():
