@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from lora_alpaca.config import FinetuneConfig
-from lora_alpaca.engine.loss import PIECE_BYTES
+from lora_alpaca.engine.loss import piece_bytes
 from lora_alpaca.models.device import DeviceSpec
 from lora_alpaca.models.memory import gigabytes
 from lora_alpaca.models.meta import Units, Weight
@@ -34,6 +34,7 @@ class ModelSize:
     """The size of a base with what is trained of it. `adapter` has the shapes of the adapter's parameters.
 
     `is_mapped` where the weights stay in the page cache, as views of their file, which the ranks of a machine share.
+    `frozen_layers` are those at the bottom that nothing learns in or below.
     """
 
     layers: int
@@ -44,6 +45,12 @@ class ModelSize:
     spec: DeviceSpec
     optimizer: str = "adamw"
     is_mapped: bool = False
+    frozen_layers: int = 0
+
+    @property
+    def learning(self) -> int:
+        """Return the number of layers that a gradient passes through."""
+        return self.layers - self.frozen_layers
 
     @property
     def weights(self) -> list[Weight]:
@@ -204,9 +211,10 @@ def activation_bytes(size: ModelSize, recomputes: bool = False) -> int:
     values = sum(weight.outputs for weight in size.weights) + KEPT_VALUES * size.width * size.layers
     values = max(values, LEAST_VALUES * size.width * size.layers)  # experts are no linear layers
     adapted = sum(len(shape) > 1 for shape in size.adapter) // 2
+    values = math.ceil(values * size.learning / size.layers)  # below the first layer that learns nothing is kept
     values += math.ceil(DROPPED_VALUES * size.width * adapted)
     if recomputes:
-        values = math.ceil(values / size.layers) + size.width * size.layers
+        values = math.ceil(values / max(1, size.learning)) + size.width * size.learning
     return values * size.spec.dtype.itemsize * _heap(size)
 
 
@@ -217,7 +225,8 @@ def _heap(size: ModelSize) -> int:
 def _logit_bytes(size: ModelSize, tokens: int, pads: bool) -> int:
     if pads:
         return LOGIT_VALUES * size.spec.dtype.itemsize * size.vocabulary * tokens * _heap(size)
-    return 2 * min(PIECE_BYTES, FP32 * size.vocabulary * tokens) * _heap(size)  # a piece, and its copy or gradient
+    piece = piece_bytes(size.spec.device, size.vocabulary)
+    return 2 * min(piece, FP32 * size.vocabulary * tokens) * _heap(size)  # a piece, and its copy or gradient
 
 
 def most_tokens(size: ModelSize, free: int) -> int:

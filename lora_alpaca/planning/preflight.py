@@ -1,5 +1,6 @@
 """The checks before the first heavy step: does the base fit into memory, the adapter onto the base?"""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,12 +8,13 @@ import numpy as np
 from lora_alpaca.artifacts.source import verify_adapter
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.distributed.world import World
-from lora_alpaca.errors import ConfigError, ModelError
+from lora_alpaca.errors import ConfigError, FolderError, ModelError
 from lora_alpaca.models import memory
 from lora_alpaca.models.base import Base, weight_files
 from lora_alpaca.models.device import DeviceSpec
 from lora_alpaca.models.memory import gigabytes
 from lora_alpaca.models.meta import memory_bytes, meta_model
+from lora_alpaca.models.quantization import stored
 from lora_alpaca.planning.estimate import ModelSize, disk_bytes
 from lora_alpaca.planning.plan import Plan, choose_shard, estimate_run, free_memory, layout, least_memory
 from lora_alpaca.planning.remedy import cheapest_change
@@ -80,6 +82,26 @@ def check_disk(output_dir: Path, plan: Plan, config: FinetuneConfig, size: Model
     OutputFolder(output_dir).check_space(disk_bytes(size, config, plan.total_steps, plan.save_steps))
 
 
+def check_export(config: FinetuneConfig, base: Base) -> None:
+    """Raise an error, naming --export_dir, where what a run trains could not be exported there when it is done."""
+    if not config.export_dir:
+        return
+    folder, where = OutputFolder(user_path(config.export_dir)), f"--export_dir {config.export_dir}"
+    if folder.status == "foreign" or (folder.status != "free" and not config.overwrite):
+        raise FolderError(f"{where} is there already; name a folder that is not")
+    if found := stored(base.config):
+        raise ModelError(
+            f"{where}: {base.name} is stored quantised ({found.kind}), and merging needs full precision; leave it out"
+        )
+    weights = sum(file.stat().st_size for file in weight_files(base)) if Path(base.path).is_dir() else 0
+    free = shutil.disk_usage(next(above for above in folder.real.parents if above.exists())).free
+    if weights > free:
+        raise FolderError(
+            f"{where}: the model takes {gigabytes(weights)}, and {gigabytes(free)} are free on that disk; name a "
+            "folder on another one"
+        )
+
+
 def check_options(config: FinetuneConfig, base: Base) -> tuple[FinetuneConfig, list[str]]:
     """Return the config with rows no longer than the model takes, and a warning for every odd value.
 
@@ -89,7 +111,7 @@ def check_options(config: FinetuneConfig, base: Base) -> tuple[FinetuneConfig, l
     width = base.config.get_text_config().hidden_size
     if config.lora_r > width:
         notes.append(f"warning: --lora_r {config.lora_r} is more than the model is wide ({width}), which gains nothing")
-    if config.learning_rate > HIGH_RATE:
+    if isinstance(config.learning_rate, float) and config.learning_rate > HIGH_RATE:
         notes.append(f"warning: --learning_rate {config.learning_rate} is very high; LoRA is trained with about 3e-4")
     if not config.add_eos_token:
         notes.append(

@@ -36,6 +36,7 @@ def model_size(config: FinetuneConfig, base: Base, spec: DeviceSpec, model: Any 
         spec=spec,
         optimizer=config.optimizer,
         is_mapped=_is_mapped(base, spec),
+        frozen_layers=max(0, shape.num_hidden_layers - _top(config)) if _top(config) else 0,
     )
 
 
@@ -51,6 +52,11 @@ def _adapter(config: FinetuneConfig, base: Base, model: Any | None) -> tuple[tup
     with torch.device("meta"):
         adapter = lora.attach(model, config, base)
     return tuple(tuple(parameter.shape) for parameter in lora.trainable_parameters(adapter))
+
+
+def _top(config: FinetuneConfig) -> int:
+    """Return how many of the last layers --layers names, 0 for all."""
+    return 0 if config.layers == "all" else int(config.layers.partition(":")[2])
 
 
 def _is_mapped(base: Base, spec: DeviceSpec) -> bool:

@@ -233,16 +233,24 @@ def refusal(monkeypatch, device_gb, host_gb=64, ranks=1, device=CUDA, bits=16, c
         ({"device_gb": 1, "host_gb": 1}, {}, "take a smaller model"),
         ({"device_gb": 40, "ranks": 4}, {"tune": "full"}, ""),
         ({"device_gb": 24, "ranks": 4, "host_gb": 500}, {"tune": "full"}, "with --offload cpu it takes "),
-        ({"device_gb": 24, "ranks": 4}, {"tune": "full"}, "with --layers top:24 it takes "),  # 8-bit moments are whole
+        (
+            {"device_gb": 24, "ranks": 4},
+            {"tune": "full"},
+            "with --layers top:25 --token_budget 512 it takes ",
+        ),  # 8-bit moments are whole
         ({"device_gb": 100, "host_gb": 9}, {"tune": "full"}, "with --optimizer adamw_8bit it takes "),
         ({"device_gb": 100, "host_gb": 9, "ranks": 2}, {"tune": "full", "optimizer": "adamw_8bit"}, ""),
         ({"device_gb": 12, "ranks": 2}, {"use_dora": True}, "with --load_8bit it takes "),
         ({"device_gb": 24}, {"tune": "full"}, "with --offload cpu --layers top:17 it takes "),
-        ({"device_gb": 24, "host_gb": 9}, {"tune": "full"}, "with --layers top:2 it takes "),
+        ({"device_gb": 24, "host_gb": 9}, {"tune": "full"}, "with --layers top:3 it takes "),
         ({"device_gb": 15.2, "host_gb": 9}, {"tune": "full", "layers": "top:1"}, "with --tune lora it takes "),
         ({"device_gb": 12, "host_gb": 9}, {"tune": "full"}, "with --tune lora --load_8bit it takes "),
         ({"host_gb": 40, "device_gb": 0, "device": CPU, "ranks": 2}, {}, ""),
-        ({"host_gb": 16, "device_gb": 0, "device": CPU, "ranks": 2}, {}, "with --load_8bit it takes "),
+        (
+            {"host_gb": 16, "device_gb": 0, "device": CPU, "ranks": 2},
+            {},
+            "with --load_8bit --token_budget 512 it takes ",
+        ),
         ({"host_gb": 1, "device_gb": 0, "device": CPU}, {}, "take a smaller model"),
     ],
 )
@@ -272,7 +280,8 @@ def options_of(words):
 def test_the_plan_says_memory_by_part(seven_b):
     found = str(estimate.memory(seven_b(tune="full"), Layout(8, 8, "full", 8), 2048, recomputes=True))
     assert found == (
-        "17.3 GB (trained 3.4 GB, gradients 3.4 GB, optimizer 6.7 GB, gathered 2.9 GB, activations 0.8 GB)"
+        "17.5 GB (trained 3.4 GB, gradients 3.4 GB, optimizer 6.7 GB, gathered 2.9 GB, activations 0.8 GB, "
+        "logits 0.3 GB)"
     )
     away = str(estimate.memory(seven_b(), Layout(4, 4, "full", 4, offloads=True), 2048))
     assert away.endswith("; of the host 3.4 GB (weights 3.4 GB)")

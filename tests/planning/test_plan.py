@@ -47,7 +47,8 @@ def world(device=CUDA, ranks=2, least=lambda mine: mine):
 def test_packs_on_a_gpu_are_as_large_as_half_of_its_memory():
     a_token = estimate.activation_bytes(seven_b())
     assert plan(free=40 * 10**9).token_budget == 20 * 10**9 // a_token
-    assert plan(free=4 * 10**9).token_budget == 2048
+    assert plan(free=14 * 10**9).token_budget == 7 * 10**9 // a_token < 2048
+    assert plan(free=4 * 10**9).token_budget == 2 * 10**9 // estimate.activation_bytes(seven_b(), True) > 2048
     assert plan(free=400 * 10**9).token_budget == 16384
     assert plan(seven_b(CPU)).token_budget == 2048
     assert plan(token_budget=77).token_budget == 77
@@ -64,6 +65,28 @@ def test_activations_are_recomputed_where_memory_is_short():
     assert not plan(free=10**9, gradient_checkpointing=False).gradient_checkpointing
     assert not plan(seven_b(CPU), free=0).gradient_checkpointing
     assert plan(seven_b(CPU), free=0, gradient_checkpointing=True).gradient_checkpointing
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "wanted", "bits", "recomputes"),
+    [
+        (7, 1024, 16, False),  # 729 tokens, each 1.6 times as fast as one of 1,024 that is computed once more
+        (7, 16_384, 16, False),
+        (7, 16_384, 8, True),  # whose weights take longer to read than the products of 729 tokens take
+        (14, 16_384, 8, False),
+        (4, 16_384, 16, True),  # 416 tokens are too few
+    ],
+)
+def test_activations_are_recomputed_where_that_takes_less_time(gigabytes, wanted, bits, recomputes):
+    found = plan(seven_b(bits=bits), gigabytes * 10**9, np.full(128, 128), batch_size=wanted // 128)
+    assert found.gradient_checkpointing == recomputes
+    parts = estimate.memory(seven_b(bits=bits), Layout(1), found.token_budget, recomputes).device
+    assert parts.activations <= gigabytes * 10**9 / 2
+
+
+def test_a_row_that_fits_only_where_it_is_recomputed():
+    assert not plan(free=14 * 10**9, lengths=np.full(128, 400)).gradient_checkpointing
+    assert plan(free=14 * 10**9, lengths=np.array([400] * 127 + [2000])).gradient_checkpointing
 
 
 def test_long_runs_are_compiled():
