@@ -4,7 +4,7 @@ What is due follows from the state alone, so a resumed run does what the run bef
 """
 
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,14 @@ from lora_alpaca.artifacts import checkpoint as checkpoints
 from lora_alpaca.data.sampler import Sampler
 from lora_alpaca.errors import RankError, TrainingError
 from lora_alpaca.models import memory
+from lora_alpaca.planning.budget import PASSES
 from lora_alpaca.planning.plan import Plan
 from lora_alpaca.signals import Interrupted, StepAbandoned
+from lora_alpaca.training.budget.countdown import Countdown
+from lora_alpaca.training.budget.pacing import Pacing
 from lora_alpaca.training.checkpointing import Checkpoints
 from lora_alpaca.training.job import Job
-from lora_alpaca.training.progress import Progress
+from lora_alpaca.training.progress import Limits, Progress
 from lora_alpaca.training.report.run_report import RunReport
 from lora_alpaca.training.state import TrainState
 from lora_alpaca.training.step import Evaluation, ShortageError, Step, Stepper
@@ -43,13 +46,16 @@ class Loop:
         progress: Progress,
         tracker: Tracker,
         report: RunReport,
+        countdown: Countdown,
     ):
         self.config, self.train, self.validation = job.config, job.train, job.validation
         self.plan, self.stepper, self.saver, self.output_dir, self.record = plan, stepper, saver, output_dir, record
         self.state, self.progress, self.tracker, self.report = state, progress, tracker, report
-        self.world, self.stop = stepper.world, stepper.world.stop
+        self.world, self.stop, self.countdown = stepper.world, stepper.world.stop, countdown
         config = self.config
         self.sampler = Sampler(self.train.lengths, config.batch_size, config.seed, config.group_by_length)
+        self.pacing = Pacing(job, plan, self.sampler, countdown, state, progress.log)
+        self.unlogged: tuple[float, float, float] | None = None  # rate, gradient norm and speed of the last step
         self.begun = time.perf_counter() - state.seconds
         self.window_begun, self.window_tokens = time.perf_counter(), 0
         self.saved = state.step  # the step of the newest checkpoint
@@ -63,22 +69,27 @@ class Loop:
         and one of them no longer takes part.
         """
         state, plan, alone = self.state, self.plan, not self.saver.together
-        self.progress.start(plan.total_steps, state.step)
+        limits = Limits(self.countdown.meter.left, self.countdown.meter.spent)
+        self.progress.start(plan.total_steps, state.step, self.config.batch_size, limits)
         self._rotate()  # the run before may have ended between a save and this
         if not alone:
             self.stop.lengthen_grace()  # a step that one rank gives up is lost for all
         try:
             while True:
+                self.pacing.look()
+                if self.unlogged and self.pacing.is_at_end():
+                    self._log(*self.unlogged)
                 if self._validation_is_due():
                     self.report.validated(state, self._validate())
-                if state.step >= plan.total_steps or self._should_stop_early():
+                    continue  # the time is another one now
+                if self.pacing.is_at_end() or self._should_stop_early():
                     return
                 if self._checkpoint_is_due():
                     self._save()
                     self._check_saves()
                 if asked := self._signal():
                     raise Interrupted(asked, self._saved_before_leaving())
-                self.report.update(state, self.saved)
+                self._report()
                 self._step()
         except StepAbandoned:
             raise Interrupted(self.stop.asked, self._saved_before_leaving(alone)) from None
@@ -99,17 +110,25 @@ class Loop:
         """Return the signal that asked the run to stop, 0 for none; of any rank, where all ranks save together."""
         return int(self.world.largest(self.stop.asked)) if self.saver.together else self.stop.asked
 
+    def _report(self) -> None:
+        """Let the report measure and draw; what it measures before the first step, it measures after the last one."""
+        timing = self.countdown.timing("report") if self.state.step == 0 else nullcontext()
+        with self.progress.stage("report", self.report.rows), timing:
+            self.report.update(self.state, self.saved)
+
     # ------------------------------------------------------------------------------------------------------ steps
 
     def _step(self) -> None:
         config, state = self.config, self.state
         rows = self.sampler.rows(state.step)
-        rate = self.plan.learning_rate(state.step, config)
+        rate = self.pacing.rate()
         self.world.seed(config.seed, state.step)
-        step = self.stepper.step([self.train[row] for row in rows], rate)
+        with self.progress.next_step(), self.countdown.counting():
+            step = self.stepper.step([self.train[row] for row in rows], rate)
         self._record_batch_size()
         if not step.finite:
             self._skip(step, rows)
+        self.pacing.note_step(rate)
         state.step += 1
         if step.finite:
             state.window_loss += step.loss * step.labels
@@ -117,16 +136,24 @@ class Loop:
         state.seconds = time.perf_counter() - self.begun
         self.window_tokens += step.tokens
         speed = self.window_tokens / max(1e-9, time.perf_counter() - self.window_begun)
-        self.progress.step(state.step, state.mean_loss(), speed)
+        self.progress.step(state.step, self.plan.total_steps, state.mean_loss(), speed)
         self._count_overflows(step)
-        if state.step % config.logging_steps == 0 or state.step == self.plan.total_steps:
-            self._log(rate, step.grad_norm, speed)
+        self.unlogged = rate, step.grad_norm, speed
+        if state.step == 1 and not len(self.validation):
+            self._expect(1 / speed, "the first step")
+        if state.step % config.logging_steps == 0:
+            self._log(*self.unlogged)
+
+    def _expect(self, per_token: float, basis: str) -> None:
+        """Say what the run will take; one with a budget says what fits into that."""
+        if not self.countdown.is_limited:
+            self.progress.log(self.countdown.expectation(self.plan.total_steps, per_token, basis))
 
     def _log(self, rate: float, grad_norm: float, speed: float) -> None:
-        state, loss = self.state, self.state.mean_loss()
+        state, loss, self.unlogged = self.state, self.state.mean_loss(), None
         figures = {"loss": loss, "learning_rate": rate, "grad_norm": grad_norm, "tokens_per_second": speed}
         figures["memory"] = memory.in_use(self.world.device)
-        self.progress.interval(state.step, loss, rate, speed)
+        self.progress.interval(loss, rate, speed)
         state.history.append({"step": state.step, **figures})
         self.tracker.track(figures, state.step)
         state.window_loss, state.window_labels = 0.0, 0
@@ -172,20 +199,23 @@ class Loop:
     # ------------------------------------------------------------------------------------------------- validation
 
     def _validation_is_due(self) -> bool:
-        step, plan = self.state.step, self.plan
-        is_regular = step % plan.eval_steps == 0 or step == plan.total_steps
-        return len(self.validation) > 0 and is_regular and self.state.validated != step
+        is_due = self.pacing.allows_validation() or self.pacing.is_at_end()
+        return len(self.validation) > 0 and self.state.validated != self.state.step and is_due
 
     def _validate(self) -> Evaluation:
         """Measure the validation loss, and return all that was measured; the adapter with the best one is kept."""
         state = self.state
-        found = self.stepper.evaluate(self.validation)
+        with self.progress.stage("validation", len(self.validation)), self.countdown.timing("validation"):
+            found = self.stepper.evaluate(self.validation)
+        state.timings["pass"] = state.timings["validation"] / int(self.validation.lengths.sum())  # of a token
         loss = found.loss
         self._record_batch_size()
         state.validated = state.step
+        self.pacing.note_validation()
         if state.step == 0:
             state.first_loss = loss
             self.progress.log(f"validation loss {loss:.4f} before the first step")
+            self._expect(PASSES * state.timings["pass"], "this validation")
             return found
         state.history.append({"step": state.step, "validation_loss": loss})
         self.tracker.track({"validation_loss": loss}, state.step)
@@ -208,13 +238,15 @@ class Loop:
     def _checkpoint_is_due(self) -> bool:
         """Return whether to save: at every --save_steps, and where the validation loss is the best so far."""
         step = self.state.step
-        return step > self.saved and (step % self.plan.save_steps == 0 or step == self.state.best_step)
+        is_regular = step % self.plan.save_steps == 0 and self.pacing.outlook.allows_checkpoint
+        return step > self.saved and (is_regular or step == self.state.best_step)
 
     def _save(self) -> None:
         """Write a checkpoint and remove those beyond the limit; a disk that fails is reported, and retried later."""
         state, best = self.state, self.state.best_step
         try:
-            self.saver.save(self._facts(), state)
+            with self.progress.stage(f"saving checkpoint-{state.step}"), self.countdown.timing("checkpoint"):
+                self.saver.save(self._facts(), state)
         except OSError as error:
             self.failed_saves += 1
             self._failure = f"step {state.step}: no checkpoint could be written ({error.strerror or error})"

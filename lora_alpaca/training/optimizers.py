@@ -18,8 +18,8 @@ CODES = ("qmap1", "qmap2")  # of bitsandbytes: the values that 8 bits stand for,
 SMALLEST = 1e-18  # of a root mean square in Adafactor: its square, in fp32, is more than 0
 
 
-def build(config: FinetuneConfig, parameters: Parameters) -> torch.optim.Optimizer:
-    """Return the optimizer that --optimizer names, its learning rate to be set before each step.
+def build(config: FinetuneConfig, names: Sequence[str], parameters: Parameters) -> torch.optim.Optimizer:
+    """Return the optimizer that --optimizer names, its learning rate to be set before each step by `set_rate`.
 
     --weight_decay is of all parts of an adapter; of the weights of a base, norms and biases (what has one dimension)
     do not decay, as in most trainers. Adafactor is torch's, whose rate is usually a part of the weights' root mean
@@ -27,7 +27,7 @@ def build(config: FinetuneConfig, parameters: Parameters) -> torch.optim.Optimiz
     --learning_rate is meant alike by all of them and an adapter whose B is zero learns. Raises ConfigError where
     bitsandbytes cannot do what is asked.
     """
-    groups, decay = _groups(config, parameters), config.weight_decay
+    groups, decay = _groups(config, names, parameters), config.weight_decay
     if config.optimizer == "adafactor":
         return torch.optim.Adafactor(groups, lr=0.0, eps=(SMALLEST, 1.0), weight_decay=decay)
     if config.optimizer == "adamw_8bit":
@@ -37,15 +37,24 @@ def build(config: FinetuneConfig, parameters: Parameters) -> torch.optim.Optimiz
     return torch.optim.AdamW(groups, lr=0.0, weight_decay=decay, fused=fused)
 
 
-def _groups(config: FinetuneConfig, parameters: Parameters) -> list[dict[str, Any]]:
-    """Return the parameters in groups by their weight decay; one group where all have the same."""
-    decay = config.weight_decay
-    if config.tune == "lora" or not decay:
-        return [{"params": list(parameters), "weight_decay": decay}]
-    return [
-        {"params": [one for one in parameters if one.dim() > 1], "weight_decay": decay},
-        {"params": [one for one in parameters if one.dim() < 2], "weight_decay": 0.0},
-    ]
+def set_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Set the rate of the next step: the given one, times the ratio that a group of parameters has."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group["ratio"]
+
+
+def _groups(config: FinetuneConfig, names: Sequence[str], parameters: Parameters) -> list[dict[str, Any]]:
+    """Return the parameters in groups by their weight decay and the ratio of their rate to the run's.
+
+    The ratio of --lora_plus_ratio is that of B, and of DoRA's magnitudes, as PEFT has it.
+    """
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for name, parameter in zip(names, parameters, strict=True):
+        decays = config.tune == "lora" or parameter.dim() > 1
+        is_faster = "lora_B." in name or "lora_embedding_B." in name or "lora_magnitude_vector." in name
+        ratio = config.lora_plus_ratio if config.lora_plus_ratio and is_faster else 1.0
+        groups.setdefault((config.weight_decay if decays else 0.0, ratio), []).append(parameter)
+    return [{"params": group, "weight_decay": decay, "ratio": ratio} for (decay, ratio), group in groups.items()]
 
 
 def _adamw_8bit(groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:

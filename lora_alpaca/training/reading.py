@@ -27,6 +27,11 @@ class RunRows:
             "val_data_sha256": self.validation.digest if self.validation is not None else None,
         }
 
+    @property
+    def revisions(self) -> dict[str, str]:
+        """Return name -> commit of every dataset of the hub among them."""
+        return {name: commit for rows in self.parts for name, commit in rows.revisions.items()}
+
 
 def read_rows(config: FinetuneConfig) -> RunRows:
     """Return the rows that a config names, read once and checked.

@@ -51,6 +51,20 @@ class Start:
         recorded = template_from_json(self._before["template"], "", "the record of the run")
         return recorded if recorded.name == "chat" else asked
 
+    def with_rate(self, config: FinetuneConfig) -> FinetuneConfig:
+        """Return the config with the learning rate of the run before, if it is to be found: it was found then."""
+        known = self._before.get("options", {}).get("learning_rate")
+        return (
+            config.model_copy(update={"learning_rate": known}) if known and config.learning_rate == "auto" else config
+        )
+
+    @property
+    def threads(self) -> int | None:
+        """The threads that the run before computed with, None where it does not say, or there is none."""
+        hardware = self._before.get("hardware")
+        found = hardware.get("threads") if isinstance(hardware, dict) else None
+        return found if type(found) is int and found > 0 else None
+
     def check_same(self, record: dict[str, Any]) -> list[str]:
         """Return notes on what changed since the run began; the record becomes that of this run."""
         return []
@@ -79,7 +93,7 @@ class Start:
 
     @property
     def _before(self) -> dict[str, Any]:
-        """Return the record of the run before, which this one is compared with; empty where there is none."""
+        """Return the record of the run that this one is to be like; empty where there is none."""
         return {}
 
 
@@ -138,6 +152,8 @@ class Resumed(Start):
         Raises CheckpointError naming every difference that is not allowed, or that no run can make.
         """
         record["run"] = self._before["run"]
+        if "rate_search" in self._before:
+            record["rate_search"] = self._before["rate_search"]
         changed = run_record.differences(self._before, record)
         sentences = _sentences(changed)
         for name in sorted(FinetuneConfig.deciding("shape") & changed.keys()):
@@ -149,7 +165,12 @@ class Resumed(Start):
                 f"then, allow the change with --allow_change {','.join(changed)}, or start anew with --overwrite"
             )
         self._changed = set(changed)
-        return [*(f"changed, as allowed: {sentence}" for sentence in sentences.values()), *self._notes_on_best()]
+        moved = list(run_record.moved(*map(run_record.surroundings, (self._before, record))).values())
+        record["moved"] = [*self._before.get("moved", []), *moved]
+        record["changes"] = [*self._before.get("changes", []), *sentences.values()]
+        allowed = [f"changed, as allowed: {sentence}" for sentence in sentences.values()]
+        elsewhere = [f"not as when the run began: {'; '.join(moved)}: from here on, sums may be rounded otherwise"]
+        return [*allowed, *elsewhere * bool(moved), *self._notes_on_best()]
 
     def plan(self, job: Job, world: World) -> Plan:
         """Return the plan as it was, but for what follows from the changes that were allowed."""
@@ -157,8 +178,9 @@ class Resumed(Start):
         then = planning.resolve_steps(config_then, self._before["ledger"]["train"], self._before["ranks"])
         now = planning.resolve_steps(job.config, len(job.train), world.world_size)
         plan = planning.updated(Plan(**self.checkpoint.facts["plan"]), then, now)
-        plan.share_prefix = job.config.share_prefix
+        plan.share_prefix = job.config.shares_prefix
         if self._changed & FinetuneConfig.deciding("engine"):
+            plan.reads_hidden = None
             plan = planning.resolve_engine(plan, job.config, job.train.lengths, job.size, world)
         elif "ranks" in self._changed:  # the weights are spread over other ones
             plan.shard = planning.choose_shard(job.config, job.size, planning.free_memory(world), world)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from lora_alpaca.data.preparation import Prepared
 from lora_alpaca.data.tokenization import hash_tokenizer
 from lora_alpaca.distributed.strategy import Replicated, Strategy
 from lora_alpaca.distributed.world import World
+from lora_alpaca.engine import fitted
 from lora_alpaca.errors import DataError
 from lora_alpaca.models import full, lora
 from lora_alpaca.models.base import locate_base
@@ -27,14 +28,17 @@ from lora_alpaca.models.lora import WEIGHTS, LoraAdapter
 from lora_alpaca.models.tokenizer import load_tokenizer
 from lora_alpaca.models.trainable import Trainable
 from lora_alpaca.planning import preflight
-from lora_alpaca.planning.plan import Plan, fill_defaults
+from lora_alpaca.planning.plan import Plan
+from lora_alpaca.planning.recipes import fill_defaults
 from lora_alpaca.prompts import fitting_template, load_template
 from lora_alpaca.storage.paths import sha256, user_path
 from lora_alpaca.training import optimizers
 from lora_alpaca.training.job import Inputs, Job
 from lora_alpaca.training.progress import Progress
+from lora_alpaca.training.proof import Proof
 from lora_alpaca.training.reading import RunRows, read_rows
 from lora_alpaca.training.resume import Start
+from lora_alpaca.training.step import Stepper
 
 DATA = ("data_path", "val_data_path")  # the flags that name rows
 
@@ -50,6 +54,7 @@ def identify(config: FinetuneConfig, rows: RunRows | None, world: World, start: 
         adapter_folder.check_init_adapter(config)
     config, notes = fill_defaults(config, world.world_size)
     log(*notes)
+    config = start.with_rate(config)
     rows = rows or read_rows(config)
     read = {f"--{flag}": f"rows of sha256 {part.digest[:12]}" for flag, part in zip(DATA, rows.parts, strict=False)}
     world.require_same(read, "the processes read different rows; is a file being written?", DataError)
@@ -57,6 +62,7 @@ def identify(config: FinetuneConfig, rows: RunRows | None, world: World, start: 
     spec, notes = as_stored(world.spec, base.config, base.name, config)
     log(*notes)
     check_layers(config.layers, base)
+    preflight.check_export(config, base)
     config, notes = preflight.check_options(config, base)
     log(*notes)
     tokenizer, notes = load_tokenizer(base)
@@ -133,6 +139,29 @@ def strategy(config: FinetuneConfig, plan: Plan, world: World) -> Strategy:
 
     offloads, trains_base = config.offload == "cpu", config.tune == "full"
     return Sharded(world, plan.shard == "grads", config.shard_size, offloads, trains_base)
+
+
+def fit(
+    job: Job, plan: Plan, world: World, resources: ExitStack, progress: Progress, is_proven: bool = False
+) -> tuple[Stepper, list[str]]:
+    """Return the stepper of a run, its model loaded and its engine fitted, and the notes on that.
+
+    The model is as it was when `resources` end. The engine that was chosen is in the plan then.
+    """
+    spread = strategy(job.config, plan, world)
+    with progress.stage(f"loading {job.base.name}"):
+        trainable, notes = load(job, plan, spread)
+    progress.log(*notes)
+    pad_id, proof = job.tokenizer.pad_token_id, Proof(job, plan, world)
+    is_proven = is_proven or proof.holds()
+    fitting = fitted(trainable.model, plan, job.spec, pad_id, job.train, world.autocast, is_proven, spread)
+    with progress.stage("checking the engine on rows"):
+        engine, notes = resources.enter_context(fitting)
+    if not is_proven and engine.name in ("packed", plan.engine):  # packs that were refused are tried again
+        proof.keep(notes)
+    notes = list(dict.fromkeys([*proof.notes, *notes]))
+    plan.engine = engine.name
+    return Stepper(engine, trainable, spread, world, job.config, progress.log, progress.advance), notes
 
 
 def load(job: Job, plan: Plan, strategy: Strategy) -> tuple[Trainable, list[str]]:

@@ -15,6 +15,10 @@ class TrainState:
 
     step: int = 0
     seconds: float = 0.0
+    used: float = 0.0  # seconds since the run began, its start included
+    spent: float = 0.0  # money, as far as --price_per_hour was known
+    first_step_at: float | None = None  # seconds since the run began
+    timings: dict[str, float] = field(default_factory=dict)  # seconds that parts of the work took
     validated: int = -1  # the step of the last validation
     first_loss: float | None = None  # of validation, before the first step
     best_loss: float = math.inf

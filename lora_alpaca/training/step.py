@@ -7,6 +7,7 @@ update is the same however the rows are cut up. (A mean of micro-batch means is 
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,10 +18,12 @@ from lora_alpaca.data.examples import Example
 from lora_alpaca.distributed.strategy import Strategy
 from lora_alpaca.distributed.world import World
 from lora_alpaca.engine import Engine
+from lora_alpaca.engine.batches import Batch
 from lora_alpaca.errors import TrainingError
 from lora_alpaca.models import memory
 from lora_alpaca.models.trainable import State, Trainable
 from lora_alpaca.training import optimizers
+from lora_alpaca.training.embedding_noise import EmbeddingNoise
 
 LESS = "lower --token_budget or --cutoff_len (with --engine padded, --micro_batch_size)"
 Item = TypeVar("Item")
@@ -56,7 +59,11 @@ class Evaluation:
 
 
 class Stepper:
-    """What is trained, and the optimizer that updates it, on one rank of many."""
+    """What is trained, and the optimizer that updates it, on one rank of many.
+
+    `advance` is called after each batch of a step or an evaluation with the rows that are done, all rows of it, and the
+    tokens that are done, over all ranks; by what the host knows, so that no device is waited for.
+    """
 
     def __init__(
         self,
@@ -66,17 +73,19 @@ class Stepper:
         world: World,
         config: FinetuneConfig,
         log: Callable[[str], None],
+        advance: Callable[[int, int, int], None] = lambda done, rows, tokens: None,
     ):
         self.engine = engine
         self.trainable = trainable
         self.model = engine.model
         self.world = world
         self.parameters = trainable.parameters
-        self.optimizer = optimizers.build(config, self.parameters)
+        self.optimizer = optimizers.build(config, trainable.names, self.parameters)
+        self._noise = EmbeddingNoise(self.model, config.neftune_alpha) if config.neftune_alpha else None
         self.strategy = strategy
         self._max_norm = config.max_grad_norm or math.inf
         self._shrinks = config.on_oom == "shrink"
-        self._log = log
+        self._log, self._advance = log, advance
 
     def step(self, examples: Sequence[Example], learning_rate: float) -> Step:
         """Train on the rows of one optimizer batch, of which this rank takes its share; every rank calls it.
@@ -93,8 +102,7 @@ class Stepper:
             norm = self.strategy.clip(self.parameters, self._max_norm)
         step = Step(loss, norm, labels, sum(len(example.ids) for example in examples))
         step.overflow = scaler is not None and math.isfinite(loss) and not math.isfinite(norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        optimizers.set_rate(self.optimizer, learning_rate)
         if scaler is not None:
             if step.finite:
                 scaler.step(self.optimizer)  # does nothing after an overflow, which unscale_ has noted
@@ -114,10 +122,10 @@ class Stepper:
         own_labels = torch.zeros((), device=self.world.device)  # a tensor: a number would make the device wait
         shortage = ""
         try:
-            batches = self.engine.batches(examples, self.world.rank, self.world.world_size)
-            for batch, is_last in _with_last(batches):
+            for batch, is_last in self._batches(examples):
                 with self.strategy.accumulate(is_last):
-                    with self.world.autocast():
+                    noise = self._noise.added(batch, examples, self.world.step_seed) if self._noise else nullcontext()
+                    with self.world.autocast(), noise:
                         part = self.engine.loss(batch) / labels
                     self.world.backward(part)
                 loss += part.detach()
@@ -125,6 +133,16 @@ class Stepper:
         except (RuntimeError, MemoryError) as error:
             shortage = self._shortage(error)
         return self._reduce(loss, own_labels, labels, shortage)
+
+    def _batches(self, examples: Sequence[Example]) -> Iterator[tuple[Batch, bool]]:
+        """Yield this rank's batches of some examples, each with whether it is the last, and tell what is done."""
+        ranks, rows, tokens = self.world.world_size, 0, 0
+        for batch, is_last in _with_last(self.engine.batches(examples, self.world.rank, ranks)):
+            yield batch, is_last
+            if len(batch.row_index):  # a batch that only keeps pace with other ranks has none
+                rows += len(batch.rows)
+                tokens += sum(len(examples[row].ids) for row in batch.rows)
+                self._advance(min(rows * ranks, len(examples)), len(examples), tokens * ranks)
 
     def _reduce(self, loss: torch.Tensor, own_labels: torch.Tensor, labels: int, shortage: str) -> float:
         """Sum gradients, loss and label count over all ranks in one message; return the loss.
@@ -192,7 +210,7 @@ class Stepper:
         """Return the summed loss, the number of labels, and the summed loss of each row, float64 [2 + rows]."""
         totals, shortage = torch.zeros(3 + len(examples), dtype=torch.float64), ""  # the last: ranks short of memory
         try:
-            for batch in self.engine.batches(examples, self.world.rank, self.world.world_size):
+            for batch, _ in self._batches(examples):
                 with self.world.autocast():
                     losses = self.engine.losses(batch)
                 loss, by_row = (losses * batch.weights).sum(), batch.sum_by_row(losses)

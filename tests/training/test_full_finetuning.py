@@ -22,7 +22,7 @@ from lora_alpaca.models.base import load_base, locate_base
 from lora_alpaca.models.device import DeviceSpec
 from lora_alpaca.models.full import FullWeights
 from lora_alpaca.models.tokenizer import load_tokenizer
-from lora_alpaca.planning.plan import fill_defaults
+from lora_alpaca.planning.recipes import fill_defaults
 from lora_alpaca.prompts import load_template
 from lora_alpaca.training.step import Stepper
 

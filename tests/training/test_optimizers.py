@@ -15,7 +15,7 @@ def made(kind, tune="full", **options):
     """Return an optimizer, its parameters, and a function that takes a step with the gradients of a seed."""
     draw = torch.Generator().manual_seed(0)
     parameters = [torch.nn.Parameter(torch.randn(shape, generator=draw)) for shape in ((80, 64), (80,))]
-    optimizer = optimizers.build(FinetuneConfig(optimizer=kind, tune=tune, **options), parameters)
+    optimizer = optimizers.build(FinetuneConfig(optimizer=kind, tune=tune, **options), NAMES, parameters)
 
     def step(seed, rate=1e-2):
         draw = torch.Generator().manual_seed(seed)
@@ -101,3 +101,23 @@ def test_without_bitsandbytes_its_optimizer_is_refused_in_one_line(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
     with pytest.raises(ConfigError, match="--optimizer adamw_8bit: bitsandbytes cannot do it on cpu"):
         made("adamw_8bit")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lora_plus_moves_b_faster_than_a(kind):
+    """The first step of all three is the rate itself, in every entry, whatever the gradient."""
+    names = ["q.lora_A.default.weight", "q.lora_B.default.weight", "q.lora_magnitude_vector.default.weight"]
+    parameters = [torch.nn.Parameter(torch.zeros(80, 64)) for _ in names]
+    optimizer = optimizers.build(FinetuneConfig(optimizer=kind, lora_plus_ratio=16), names, parameters)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizers.set_rate(optimizer, 1e-3)
+    optimizer.step()
+    moved = [float(-parameter.detach().mean()) for parameter in parameters]
+    assert moved == pytest.approx([1e-3, 16e-3, 16e-3], rel=1e-2)
+
+
+def test_without_lora_plus_all_of_an_adapter_is_one_group():
+    parameters = [torch.nn.Parameter(torch.zeros(4, 4)) for _ in range(2)]
+    optimizer = optimizers.build(FinetuneConfig(weight_decay=0.1), ["q.lora_A.x", "q.lora_B.x"], parameters)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1]

@@ -10,7 +10,7 @@ from conftest import as_row
 from short_run import flags, interrupt
 
 from lora_alpaca import FinetuneConfig, finetune
-from lora_alpaca.planning.plan import fill_defaults
+from lora_alpaca.planning.recipes import fill_defaults
 from lora_alpaca.storage.output_folder import read_record
 from lora_alpaca.training.reading import read_rows
 

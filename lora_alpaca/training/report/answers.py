@@ -5,7 +5,8 @@ time, so that a short run is not spent on its report. Whoever asks for a number 
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -108,9 +109,23 @@ def answer(stepper: Stepper, job: Job, asked: Sequence[Asked], seconds: float) -
         )
 
     model.eval()
-    with stepper.world.autocast():
+    with stepper.world.autocast(), _dense_input(model.get_output_embeddings()):
         output = access.call(generate, None)[:, width:].tolist()
     return [_answer(row, set(stop_ids), longest(asked), tokenizer) for row in output]
+
+
+@contextmanager
+def _dense_input(head: torch.nn.Module) -> Iterator[None]:
+    """Within this context, a head is given dense tensors.
+
+    Of a prompt, it is given the last place of every row, which is a view with gaps: torch then multiplies a copy of the
+    head's weight for every row, gigabytes of it.
+    """
+    handle = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _answer(ids: list[int], stop_ids: set[int], most: int, tokenizer: Any) -> dict[str, Any]:

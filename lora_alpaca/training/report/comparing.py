@@ -10,10 +10,10 @@ from lora_alpaca.artifacts import privacy
 from lora_alpaca.config import CompareConfig
 from lora_alpaca.data import row_losses
 from lora_alpaca.errors import DataError, FolderError, visible
+from lora_alpaca.planning.budget import minutes
 from lora_alpaca.storage import atomic
 from lora_alpaca.storage.output_folder import read_record
 from lora_alpaca.storage.paths import user_path
-from lora_alpaca.training.progress import minutes
 from lora_alpaca.training.report import answers, files, plots
 from lora_alpaca.training.report.content import HASHES
 from lora_alpaca.training.report.document import Block, Heading, Paragraph, Table, as_page

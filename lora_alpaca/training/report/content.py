@@ -6,15 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_alpaca.config import FinetuneConfig
+from lora_alpaca.config.recorded import options_of
 from lora_alpaca.data.statistics import NOTES, SENTENCES
-from lora_alpaca.training.progress import minutes
-from lora_alpaca.training.report import answers, plots
+from lora_alpaca.planning.budget import minutes
+from lora_alpaca.training.report import answers, plots, rates
 from lora_alpaca.training.report.document import Block, Cards, Code, Heading, Paragraph, Sample, Table
 
 Facts = Mapping[str, Any]
 FEWEST_POINTS = 3  # of a curve
-NOT_REPEATED = {"resume", "resume_from_checkpoint", "allow_change", "overwrite"}
 HASHES = {
     "run": "run",
     "base_sha256": "base, its config and weights",
@@ -35,6 +34,7 @@ def document(facts: Facts, output_dir: str) -> tuple[str, list[Block]]:
         Paragraph(_state(facts)),
         Cards(_cards(facts)),
         *_curves(facts),
+        *rates.blocks(record),
         *_before_and_after(facts),
         *_which_rows(facts, output_dir),
         *_became(facts),
@@ -52,10 +52,8 @@ def command(record: Facts) -> str:
     words = ["lora-alpaca", "finetune"]
     if record["ranks"] > 1:
         words = ["torchrun", f"--nproc_per_node={record['ranks']}", "finetune.py"]
-    for name in FinetuneConfig.model_fields:
-        if name in record["said"] and name not in NOT_REPEATED and record["options"].get(name) is not None:
-            value = record["options"][name]
-            words += [f"--{name}", ",".join(map(str, value)) if isinstance(value, list) else str(value)]
+    for name, value in options_of(record).items():
+        words += [f"--{name}", ",".join(map(str, value)) if isinstance(value, list) else str(value)]
     return shlex.join(words)
 
 
@@ -288,7 +286,7 @@ def _was_run(facts: Facts) -> list[Block]:
         ["plan", facts["plan"]],
         ["engine", facts.get("engine", "")],
         *([["", note] for note in facts["notes"]]),
-        *[[f"--{name}", str(options[name])] for name in record["said"] if name not in NOT_REPEATED and name in options],
+        *[[f"--{name}", str(value)] for name, value in options_of(record).items()],
     ]
     return [Heading("What was run"), Table(["", ""], lines)]
 

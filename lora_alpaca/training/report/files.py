@@ -11,7 +11,7 @@ from lora_alpaca.storage import atomic
 from lora_alpaca.storage.json_files import read_json
 from lora_alpaca.training.report.document import MARK
 
-PAGE, TEXT, FACTS, ROWS = privacy.REPORT
+PAGE, TEXT, FACTS, ROWS, RATES = privacy.REPORT
 KIND = "report"  # of the facts
 
 
@@ -48,7 +48,7 @@ def clear(folder: Path, run: str) -> None:
     """Remove the report of another run from a folder."""
     if (found := read_json(folder / FACTS)).get("kind") != KIND or found.get("run") == run:
         return
-    for name in (PAGE, TEXT, ROWS, FACTS):  # the facts last: they say whose the others are
+    for name in (PAGE, TEXT, ROWS, RATES, FACTS):  # the facts last: they say whose the others are
         if is_ours(folder / name):
             atomic.remove(folder / name)
 

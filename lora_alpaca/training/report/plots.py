@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from lora_alpaca.training.report.document import Plot
+from lora_alpaca.training.report.document import MARK, Plot
 
 MISSING = 'For the curves: pip install "lora-alpaca[report]", then lora-alpaca report'
 Points = Sequence[tuple[float, float]]
 Curves = Mapping[str, Points]  # name -> points
 _COLOURS = {"#010101": "--text", "#020202": "--soft", "#030303": "--line", "#040404": "--accent", "#050505": "--second"}
+_PLAIN = {"--text": "#1a1a1a", "--soft": "#666666", "--line": "#dddddd", "--accent": "#1769aa", "--second": "#c2570c"}
 _LINES = ("#040404", "#050505", "#020202")
 _SIZE = (4.6, 2.5)  # inches; the page scales it
 MOST_POINTS = 1000  # of a curve
@@ -23,22 +24,34 @@ def available() -> bool:
     return find_spec("matplotlib") is not None
 
 
-def curve(title: str, curves: Curves, unit: str = "", log: bool = False) -> Plot:
-    """Return curves over the steps of a run; a name for each where there are several."""
+def curve(title: str, curves: Curves, unit: str = "", log: bool = False, over: str = "step") -> Plot:
+    """Return curves over the steps of a run, or over something else, with `log` on logarithmic axes; each has a name
+    where there are several.
+    """
 
     def draw(axes: Any) -> None:
         for (name, points), colour in zip(curves.items(), _LINES, strict=False):
             shown = _thinned(points)
             mark = "." if len(shown) < 40 else ""
             axes.plot(*zip(*shown, strict=True), color=colour, label=name, linewidth=1.4, marker=mark, markersize=4)
-        axes.set_xlabel("step")
+        axes.set_xlabel(over)
         axes.set_ylabel(unit)
         if log:
+            axes.set_xscale("log")
             axes.set_yscale("log")
         if len(curves) > 1:
             axes.legend(frameon=False, fontsize=8)
 
     return Plot(title, _svg(title, draw))
+
+
+def alone(plot: Plot) -> str:
+    """Return a drawing as a file of its own: dark on white, for there is no page with colours around it."""
+    svg = plot.svg
+    for name, colour in _PLAIN.items():
+        svg = svg.replace(f"var({name})", colour)
+    opening = svg.index(">") + 1
+    return f'{MARK}\n{svg[:opening]}<rect width="100%" height="100%" fill="#ffffff"/>{svg[opening:]}\n'
 
 
 def histogram(title: str, edges: Sequence[float], counts: Sequence[int], unit: str) -> Plot:

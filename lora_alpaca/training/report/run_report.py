@@ -7,7 +7,7 @@ losses of the validation rows are those of validation itself.
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from lora_alpaca._version import __version__
 from lora_alpaca.artifacts import adapter_folder
 from lora_alpaca.artifacts.run_record import RunResult
 from lora_alpaca.data import row_losses
+from lora_alpaca.engine.allocator import returning_large_buffers
 from lora_alpaca.errors import DataError, RankError
 from lora_alpaca.planning import plan as planning
+from lora_alpaca.planning.devices import RESERVED
 from lora_alpaca.planning.plan import Plan
 from lora_alpaca.signals import StepAbandoned
 from lora_alpaca.storage.json_files import read_json
@@ -34,6 +36,7 @@ from lora_alpaca.training.step import Evaluation, Stepper
 DRAWING = 0.01  # of the run's time, until its end
 STEP = 3.0  # passes without a gradient that a step takes as long as
 BINS = 30
+FEW = 16  # training rows
 
 
 class RunReport:
@@ -53,8 +56,7 @@ class RunReport:
         self._world, self._output_dir, self._is_on = stepper.world, output_dir, job.config.report
         self._begun, self._drawing, self.seconds = time.perf_counter(), 0.0, 0.0
         self._failed, self._is_due, self._run_seconds = False, True, 0.0
-        trained = plan.total_steps * job.config.batch_size
-        self._train_rows = measured.chosen(job.train, trained, job.config.report_rows, job.config.seed)
+        self._train_rows = self._choose_rows()
         self._table = RowTable(rows)
         self._asked: list[answers.Asked] = []
         self._facts: dict[str, Any] = {}
@@ -91,13 +93,30 @@ class RunReport:
                 self._table.recall(lines, known["step"])
         return facts
 
+    def _choose_rows(self) -> list[int]:
+        """Return which training rows are measured, by the steps that are planned now.
+
+        A run within a time that has validated nothing does not know how long rows take, and measures few.
+        """
+        job, plan = self._job, self._plan
+        asked, trained = job.config.report_rows, plan.total_steps * job.config.batch_size
+        if asked is None and plan.within and not len(job.validation):
+            asked = FEW
+        return measured.chosen(job.train, trained, asked, job.config.seed)
+
     def _estimated_memory(self) -> int:
-        job = self._job
+        """Return the bytes that the formulas give, with those of libraries where what is measured has them too."""
+        job, device = self._job, self._world.device.type
         spread = planning.layout(self._plan.shard, job.config, self._world)
         parts = planning.estimate_run(self._plan, job.config, job.train.lengths, job.size, spread).memory
-        return parts.device.total
+        return parts.device.total + (0 if device == "cuda" else RESERVED[device])
 
     # ------------------------------------------------------------------------------------------- called by the run
+
+    @property
+    def rows(self) -> int:
+        """Return how many training rows are measured."""
+        return len(self._train_rows)
 
     def validated(self, state: TrainState, found: Evaluation) -> None:
         """Take the losses of the validation rows; every rank calls it."""
@@ -113,11 +132,15 @@ class RunReport:
             self._is_due = True
 
     def update(self, state: TrainState, saved: int) -> None:
-        """Measure what is to be known before the first step, and draw where there is news; every rank calls it."""
+        """Measure what is to be known before the first step, which no drawing delays, and draw later where there is
+        news; every rank calls it.
+        """
         if not self._is_on:
             return
         if state.step == 0:
+            self._train_rows = self._choose_rows()
             self._measure("before")
+            return
         elapsed = time.perf_counter() - self._begun
         if (self._is_due or (saved == state.step > 0)) and self._drawing <= DRAWING * elapsed:
             self._draw(state, "running")
@@ -178,7 +201,9 @@ class RunReport:
         if not self._asked:
             self._asked = answers.choose(self._job, self._rows, number or answers.ROWS)
         if self._asked:
-            given = answers.answer(self._stepper, self._job, self._asked, seconds)
+            keeps_buffers = self._world.device.type == "cpu" and not together
+            with returning_large_buffers() if keeps_buffers else nullcontext():
+                given = answers.answer(self._stepper, self._job, self._asked, seconds)
             if self._world.is_main:
                 self._keep(when, given, seconds)
 
@@ -210,6 +235,8 @@ class RunReport:
                     "best_step": state.best_step,
                 },
                 "plan": str(self._plan),
+                "total_steps": self._plan.total_steps,
+                "measured_rows": {"training": len(self._train_rows), "of": len(self._job.train)},
                 "engine": self._plan.engine,
                 "rows": self._table.extremes(),
                 "report_seconds": self.seconds,

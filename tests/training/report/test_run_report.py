@@ -7,6 +7,7 @@ import shutil
 import pyarrow.parquet
 import pytest
 import short_run
+import torch
 from command import error_line, refused, run
 from hostile_texts import HOSTILE, Elements
 
@@ -15,6 +16,7 @@ from lora_alpaca.data import row_losses
 from lora_alpaca.data.row_losses import RowLoss
 from lora_alpaca.errors import DataError
 from lora_alpaca.export import hub
+from lora_alpaca.planning.devices import RESERVED
 from lora_alpaca.prompts import Conversation
 from lora_alpaca.storage.output_folder import read_record
 from lora_alpaca.training.report import files
@@ -51,6 +53,7 @@ def test_the_report_says_what_the_run_measured(trained):
     for figure in (f"{record['result']['validation_loss']:.4f}", record["data_sha256"], record["base_sha256"]):
         assert figure in page
         assert figure in text
+    assert found["estimate"]["memory"] > RESERVED["cpu"]  # of libraries too, as what is measured
     assert sum(found["lengths"]["counts"]) == record["ledger"]["train"]
     assert page.count("<svg") == 6  # loss, rate, gradient norm, speed, memory, lengths
     assert "#0" not in re.sub(r"#[a-z]\w+", "", page.split("<svg", 1)[1].split("</svg>")[0]), (
@@ -101,6 +104,20 @@ def test_the_answers_are_those_of_generate(trained, tiny_llama):
     options |= {"base_model": tiny_llama, "lora_weights": trained, "max_new_tokens": found["longest"], "device": "cpu"}
     result = run("generate", *short_run.flags(options | {"load_8bit": False}))
     assert found["after"][0]["text"] in result.out
+
+
+def test_the_head_is_given_dense_rows(tiny_llama, rows, tmp_path, monkeypatch):
+    """Of a view with gaps, as generate makes of a prompt, torch multiplies a copy of the head for every row."""
+    seen, plain = [], torch.nn.Linear.forward
+
+    def forward(self, x):
+        if self.out_features > 500 and x.shape[:-1] == (3, 1):
+            seen.append(x.is_contiguous())
+        return plain(self, x)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", forward)
+    short_run.adapter(tmp_path, tiny_llama, rows, **OPTIONS | {"max_steps": 1})
+    assert seen and all(seen)
 
 
 def test_the_command_makes_the_same_run(trained, tmp_path):
