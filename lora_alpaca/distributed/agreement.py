@@ -37,7 +37,7 @@ def own_facts(config: FinetuneConfig, device: str) -> Facts:
     }
     return {
         HOST: socket.gethostname(),
-        "lora_alpaca": f"{__version__} (code {_code()[:12]})",
+        "lora_alpaca": f"{__version__} (code {code_sha256()[:12]})",
         "python": ".".join(platform.python_version_tuple()[:2]),
         **{name: version_of(name) for name in LIBRARIES},
         "device": device,
@@ -65,7 +65,7 @@ def require_same(ranks: Sequence[Facts], remedy: str, error: type[LoraAlpacaErro
 
 
 @cache
-def _code() -> str:
+def code_sha256() -> str:
     """Return a sha256 of this library's own modules: two clones of one version may differ."""
     folder, digest = Path(__file__).parent.parent, hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):

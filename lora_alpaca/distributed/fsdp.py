@@ -144,7 +144,7 @@ class Sharded(Replicated):
             return super().clip(parameters, max_norm)
         squares = torch.stack([grad.norm().square() for grad in of_shards]).sum()
         copies = self._mesh.size() // self._mesh["shard"].size()
-        squares = self._world.sum(squares) / copies
+        squares = self._world.sum(squares.cpu()) / copies
         norm = math.sqrt(squares.item() + sum(grad.norm().square().item() for grad in of_whole))
         if norm > max_norm:
             for grad in of_shards + of_whole:

@@ -84,9 +84,9 @@ class Heartbeat:
         self._set("cause", cause)
 
     def close(self) -> None:
-        """End the signs of life."""
+        """End the signs of life; a thread that is in the store while Python ends would abort the process."""
         self._closed.set()
-        self._thread.join(timeout=2 * INTERVAL)
+        self._thread.join(timeout=self._timeout)
 
     def reported_failure(self) -> tuple[int, str] | None:
         """Return a rank that reported a failure, and its cause; a rank that a signal stopped did not fail."""

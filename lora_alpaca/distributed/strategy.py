@@ -52,7 +52,7 @@ class Strategy(ModelAccess, Protocol):
 
 
 class Replicated(WholeModel):
-    """Every rank holds the whole model. Gradients and scalars of a step are summed in one message.
+    """Every rank holds the whole model. Gradients and scalars of a step are summed in one message, on cards in two.
 
     Those of full finetuning are several messages, so that no copy of all of them is made.
     """
@@ -79,10 +79,13 @@ class Replicated(WholeModel):
         if self._world.world_size == 1:
             return torch.stack([*scalars]).tolist()
         totals = torch.stack([*scalars])
+        on_cards = self._world.device.type == "cuda"
+        if on_cards:  # over the host, and first: a sum over cards does not tell that a rank is missing
+            totals = self._world.sum(totals.cpu())
         *full, last = _messages([parameter.grad for parameter in parameters if parameter.grad is not None])
         for grads in full:
             self._sum_in_place(grads)
-        self._sum_in_place([*last, totals])
+        self._sum_in_place(last if on_cards else [*last, totals])
         return totals.tolist()
 
     def _sum_in_place(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -94,6 +97,10 @@ class Replicated(WholeModel):
     def clip(self, parameters: Sequence[torch.nn.Parameter], max_norm: float) -> float:
         """Scale the gradients down to a norm, and return the norm before."""
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm).item()
+
+    def agreed(self, text: str) -> str:
+        """Return the first text of all ranks that is not empty; every rank calls it."""
+        return text if self._world.world_size == 1 else next(filter(None, self._world.gather(text)), "")
 
     def forget_gathered(self) -> None:
         """Do nothing: there are no copies."""

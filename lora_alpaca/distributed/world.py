@@ -7,8 +7,9 @@ The model is never wrapped here. The one message of a training step is a `strate
 import hashlib
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from types import TracebackType
@@ -22,13 +23,17 @@ from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.config.accelerate_launch import take_out
 from lora_alpaca.config.environment import ranks_per_machine
 from lora_alpaca.distributed.agreement import Facts, own_facts, require_same
-from lora_alpaca.distributed.heartbeat import Heartbeat
+from lora_alpaca.distributed.heartbeat import TIMEOUT, Heartbeat
 from lora_alpaca.distributed.rendezvous import connect, rendezvous, run_prefix
 from lora_alpaca.errors import ConfigError, LoraAlpacaError, RankError
+from lora_alpaca.models import cards
 from lora_alpaca.models.device import choose_device, pick_device
 from lora_alpaca.signals import Stop
 
 Result = TypeVar("Result")
+BACKEND = "cpu:gloo,cuda:nccl"  # of ranks with cards: what decides and agrees is small, and its failures must be seen
+POLL = 0.001  # seconds between two looks at whether a sum over cards is done
+LAST_MESSAGE = 0.1  # seconds for gloo's threads to let go of it
 
 
 class World:
@@ -45,14 +50,23 @@ class World:
         bits = 8 if config.tune == "lora" else 16
         spec, notes = choose_device(config, device, default_bits=bits)
         self.notes += notes
+        if device.type == "cuda":
+            cards.expand_segments()
+        self._settings = ExitStack()
+        if cards.multiplies_in_tf32(device, spec.dtype):
+            self._settings.enter_context(cards.fp32_products(in_tf32=True))
+            self.notes.append(f"fp32 products are rounded to tf32 on this card; {cards.OVERRIDE}=0 keeps them exact")
         on_cpu, timeout = device.type == "cpu", timedelta(seconds=config.rank_timeout)
-        processes = PartialState(cpu=on_cpu, **rendezvous(timeout, lambda: own_facts(config, str(spec))))
+        meeting = rendezvous(timeout, lambda: own_facts(config, str(spec)))
+        backend = {"backend": BACKEND} if device.type == "cuda" and "store" in meeting else {}
+        processes = PartialState(cpu=on_cpu, **meeting, **backend)
         self.spec = replace(spec, device=processes.device)
         self.rank: int = processes.process_index
         self.world_size: int = processes.num_processes
         self.per_machine = ranks_per_machine()
         self.is_main = self.rank == 0
         self._seed = 0
+        self.step_seed = ""  # of the present step, the same on all ranks
         self._heartbeat: Heartbeat | None = None
         if self.world_size > 1:
             self._heartbeat = Heartbeat(self.rank, self.world_size, self.stop, connect(), run_prefix())
@@ -69,12 +83,16 @@ class World:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         verdict: BaseException | None = None
+        self._settings.close()
         if self._heartbeat is not None:
             if isinstance(error, RuntimeError) and (found := self.failed_rank(error)):
                 error = verdict = RankError(*found)
             verdict = self._heartbeat.verdict(error) or verdict
         if error is None or self._heartbeat is None:
             PartialState().destroy_process_group()
+        if self._heartbeat is not None:
+            # A sharded model keeps the group's threads alive, and one that frees a tensor while Python ends aborts.
+            time.sleep(LAST_MESSAGE)
         AcceleratorState._reset_state(reset_partial_state=True)  # the next run may choose another precision
         GradientState._reset_state()
         if verdict is not None:
@@ -95,7 +113,8 @@ class World:
 
         The state follows from the three numbers alone, so a resumed run, or a step that is retried, needs no saved one.
         """
-        digest = hashlib.sha256(f"{seed} {step} {self.rank}".encode()).digest()
+        self.step_seed = f"{seed} {step}"
+        digest = hashlib.sha256(f"{self.step_seed} {self.rank}".encode()).digest()
         self._seed = int.from_bytes(digest[:7])
         self.reseed()
 
@@ -106,12 +125,29 @@ class World:
     # ----------------------------------------------------------------------------------------------- collectives
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the sum of a tensor over all ranks, on this rank's device."""
+        """Sum a tensor over all ranks, in place, and return it: on the host by gloo, on a card by NCCL."""
         if self.world_size == 1:
             return tensor
-        total = tensor.to(self.device)
-        self.collective(lambda: torch.distributed.all_reduce(total))
-        return total
+        if tensor.is_cuda:
+            self.collective(lambda: self._finish(torch.distributed.all_reduce(tensor, async_op=True)))
+        else:
+            self.collective(lambda: torch.distributed.all_reduce(tensor))
+        return tensor
+
+    def _finish(self, work: Any) -> None:
+        """Wait for a call of NCCL's, which returns at once, and whose kernel waits for a dead rank without end.
+
+        All ranks have met before, so it takes no longer than its message. Raises RuntimeError where another rank has
+        failed meanwhile, or is silent.
+        """
+        looked = time.monotonic()
+        while not work.is_completed():
+            time.sleep(POLL)
+            if self._heartbeat is not None and time.monotonic() - looked > TIMEOUT:
+                if self._heartbeat.dead_rank():
+                    raise RuntimeError("a rank is gone")
+                looked = time.monotonic()
+        work.wait()
 
     def least(self, number: int) -> int:
         """Return the least of the numbers of all ranks."""
@@ -168,7 +204,8 @@ class World:
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
-        self.collective(self._accelerator.wait_for_everyone)
+        if self.world_size > 1:
+            self.collective(torch.distributed.barrier)
 
     @contextmanager
     def main_process_first(self) -> Iterator[None]:
@@ -212,24 +249,26 @@ def _own_device(config: FinetuneConfig, device: torch.device) -> list[str]:
 
     Raises ConfigError where more processes were started than there are cards, or others than --processes says.
     """
-    started, cards = ranks_per_machine(), torch.cuda.device_count() if device.type == "cuda" else 0
+    started, count = ranks_per_machine(), torch.cuda.device_count() if device.type == "cuda" else 0
     if config.processes not in (None, started):
         raise ConfigError(
             f"--processes {config.processes}: the command starts that many, and here {started} run on this machine; "
             f"leave it out, or start with torchrun --nproc_per_node={config.processes}"
         )
-    if not cards:
+    if not count:
         return []
     number = int(os.environ.get("LOCAL_RANK", "0"))
-    if number >= cards:
+    if number >= count:
         raise ConfigError(
-            f"{started} processes were started on this machine, which has {cards} {device.type} devices; one process "
-            f"needs one: start with --nproc_per_node={cards}"
+            f"{started} processes were started on this machine, which has {count} {device.type} devices; one process "
+            f"needs one: start with --nproc_per_node={count}"
         )
     torch.cuda.set_device(number)
-    if cards == 1 or started > 1 or "RANK" in os.environ:
+    if number:
+        cards.require_able(device)  # the first is looked at when the device is picked
+    if count == 1 or started > 1 or "RANK" in os.environ:
         return []
     return [
-        f"one of {cards} devices is used; all of them by torchrun --nproc_per_node={cards} finetune.py ... (or "
-        f"--processes {cards})"
+        f"one of {count} devices is used; all of them by torchrun --nproc_per_node={count} finetune.py ... (or "
+        f"--processes {count})"
     ]

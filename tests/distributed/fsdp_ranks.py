@@ -103,7 +103,7 @@ def start(case: dict, folder: Path, strategy, world):
     engine, notes = context.__enter__()
     stepper = Stepper(engine, trainable, strategy, world, config, print)
     if case.get("optimizer") == "sgd":
-        stepper.optimizer = torch.optim.SGD(stepper.parameters, lr=0.0)
+        stepper.optimizer = torch.optim.SGD([{"params": stepper.parameters, "ratio": 1.0}], lr=0.0)
     return stepper, notes, context
 
 

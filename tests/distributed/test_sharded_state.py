@@ -50,7 +50,7 @@ def trainer(model: torch.nn.Module, world: World, optimizer: str = "adamw") -> S
         strategy=Replicated(world),
         trainable=trainable,
         parameters=parameters,
-        optimizer=optimizers.build(config, parameters),
+        optimizer=optimizers.build(config, trainable.names, parameters),
     )
 
 
