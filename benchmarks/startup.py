@@ -1,10 +1,12 @@
-"""How long until an answer? python benchmarks/startup.py [--runs N] [--adapter FOLDER]
+"""How long until the first step, and until an answer? python benchmarks/startup.py [--runs N] [--old COMMIT]
 
-Times whole processes: `generate --instruction` on the demo base alone and with an adapter (one that is trained for a
-few steps first, unless one is named), and beside them the least that any program needs that loads a Llama with
-transformers, `import torch; from transformers import LlamaForCausalLM`. They take turns, the caches of the disk are
-warm, and the answer has one token. What counts is what comes on top of the imports, medians in seconds of the clock and
-of the processor. Writes benchmarks/results/startup-DATE.json; its figures are the last line, one JSON object.
+Times whole processes from the command on, and what each part of a start takes, by the lines that a run prints:
+`finetune` on the demo (imports; rows, with tokenizer and the base's hash; load and check; validation before the first
+step; first step; exit), the same with --compile True, and `generate --instruction` of one token on the demo base and
+with an adapter. Beside them is the least that any program needs that loads a Llama with transformers, `import torch;
+from transformers import LlamaForCausalLM`. With --old the same is done by an earlier commit, in turns. The first run of
+each fills the caches, and does not count. Medians in seconds of the processor, which other programs disturb least, and
+of the clock. Writes benchmarks/results/startup-DATE.json; its figures are the last line, one JSON object.
 """
 
 import argparse
@@ -15,63 +17,119 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from results_file import write
 
+ROOT = Path(__file__).parents[1]
 IMPORTS = ["-c", "import torch; from transformers import LlamaForCausalLM"]
-ANSWER = ["--base_model=demo", "--instruction=Tell me about alpacas.", "--max_new_tokens=1", "--device=cpu"]
+ANSWER = ["generate", "--base_model=demo", "--instruction=Tell me about alpacas.", "--max_new_tokens=1", "--device=cpu"]
+TRAIN = ["finetune", "--max_steps=1", "--logging_steps=1", "--device=cpu"]
+PARTS = {  # what ends with the first line that begins so
+    "import": "",
+    "rows and hash": "memory of each device",
+    "load and check": "engine: ",
+    "validation": "validation loss",
+    "first step": "step 1/1",
+}
+TICKS = os.sysconf("SC_CLK_TCK")
+Times = tuple[float, float]  # seconds of the clock and of the processor
 
 
-def timed(words: list[str], folder: Path) -> tuple[float, float]:
-    """Return the seconds that a Python process takes, on the clock and of the processor."""
+def spent(process: int) -> float:
+    """Return the seconds of processor time that a process has taken so far, all its threads together."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS
+
+
+def timed(words: list[str], tree: Path, folder: Path, parts: dict[str, str]) -> dict[str, Times]:
+    """Return the times of a Python process that runs with a tree of sources: those of its parts, `exit` and `all`."""
+    environment = os.environ | {
+        "PYTHONPATH": str(tree), "PYTHONUNBUFFERED": "1", "XDG_CACHE_HOME": str(folder / f"cache-{tree.name}"),
+    }  # fmt: skip
     before, began = os.times(), time.perf_counter()
-    done = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True)
-    seconds, after = time.perf_counter() - began, os.times()
-    if done.returncode:
-        raise SystemExit(f"{' '.join(words)}: exit code {done.returncode}\n{done.stderr}")
-    spent = after.children_user - before.children_user + after.children_system - before.children_system
-    return seconds, spent
+    process = subprocess.Popen(
+        [sys.executable, *words],
+        cwd=folder,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    waiting, found, last, said = dict(parts), {}, (0.0, 0.0), []
+    for line in process.stdout or ():
+        said.append(line)
+        now = time.perf_counter() - began, spent(process.pid)
+        for name in [name for name, beginning in waiting.items() if line.startswith(beginning)][:1]:
+            found[name] = now[0] - last[0], now[1] - last[1]
+            last = now
+            del waiting[name]
+        quiet = now
+    if process.wait() or waiting:
+        raise SystemExit(
+            f"{' '.join(words)}: exit code {process.returncode}, no line for {[*waiting]}\n{''.join(said)}"
+        )
+    after = os.times()
+    taken = after.children_user - before.children_user + after.children_system - before.children_system
+    whole = time.perf_counter() - began, taken
+    if parts:
+        found["first step done"] = last
+        found["exit"] = whole[0] - quiet[0], whole[1] - quiet[1]
+    return found | {"all": whole}
 
 
-def trained(folder: Path) -> Path:
-    """Return the folder of an adapter for the demo base."""
-    words = ["-m", "lora_alpaca", "finetune", "--max_steps=4", f"--output_dir={folder / 'adapter'}", "--device=cpu"]
-    timed(words, folder)
-    return folder / "adapter"
+@contextmanager
+def trees(old: str | None) -> Iterator[dict[str, Path]]:
+    """Give the trees that are compared: this one, and a temporary one of an earlier commit."""
+    with tempfile.TemporaryDirectory() as place, ExitStack() as added:
+        found = {"new": ROOT}
+        if old:
+            found = {"old": Path(place) / "old", **found}
+            git = ["git", "-C", str(ROOT), "worktree"]
+            subprocess.run([*git, "add", "--quiet", "--detach", str(found["old"]), old], check=True)
+            added.callback(subprocess.run, [*git, "remove", "--force", str(found["old"])], check=True)
+        yield found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--runs", type=int, default=7)
-    parser.add_argument("--adapter", type=Path)
+    parser.add_argument("--old", metavar="COMMIT", help="an earlier commit, which is timed in turns with this tree")
     asked = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place:
-        adapter = asked.adapter.resolve() if asked.adapter else trained(Path(place))
-        generate = ["-m", "lora_alpaca", "generate", *ANSWER]
-        commands = {
-            "imports": IMPORTS,
-            "base": [*generate, "--lora_weights=none"],
-            "adapter": [*generate, f"--lora_weights={adapter}"],
-        }
-        found: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
+    found: dict[str, dict[str, list[Times]]] = {}
+    with tempfile.TemporaryDirectory() as place, trees(asked.old) as compared:
+        folder, ours = Path(place), ["-m", "lora_alpaca"]
         for run in range(asked.runs + 1):
-            for name, words in commands.items():
-                taken = timed(words, Path(place))
-                if run:  # the first fills caches
-                    found[name].append(taken)
-    clock = {name: statistics.median(seconds for seconds, _ in runs) for name, runs in found.items()}
-    spent = {name: statistics.median(seconds for _, seconds in runs) for name, runs in found.items()}
-    print(f"{'':10}{'seconds':>10}{'processor':>12}{'on top':>10}")
-    for name in commands:
-        print(f"{name:10}{clock[name]:10.2f}{spent[name]:12.2f}{clock[name] - clock['imports']:10.2f}")
-    result = {
-        **{f"{name}_seconds": round(value, 2) for name, value in clock.items()},
-        **{f"{name}_processor_seconds": round(value, 2) for name, value in spent.items()},
-        "base_on_top": round(clock["base"] - clock["imports"], 2),
-        "adapter_on_top": round(clock["adapter"] - clock["imports"], 2),
-        "runs": asked.runs,
-    }
+            for which, tree in compared.items():
+                out = folder / f"{which}-{run}"
+                adapter = folder / f"{which}-0"
+                commands = {
+                    "finetune": ([*ours, *TRAIN, f"--output_dir={out}"], PARTS),
+                    "compiled": ([*ours, *TRAIN, f"--output_dir={out}-compiled", "--compile=True"], PARTS),
+                    "base": ([*ours, *ANSWER, "--lora_weights=none"], {}),
+                    "adapter": ([*ours, *ANSWER, f"--lora_weights={adapter}"], {}),
+                    "imports": (IMPORTS, {}),
+                }
+                for name, (words, parts) in commands.items():
+                    for part, times in timed(words, tree, folder, parts).items():
+                        if run:
+                            found.setdefault(f"{name}: {part}", {}).setdefault(which, []).append(times)
+    result: dict[str, object] = {"runs": asked.runs, "old": asked.old}
+    print(f"{'seconds of the processor (clock)':34}" + "".join(f"{which:>18}" for which in compared))
+    for name, by_tree in found.items():
+        medians = {
+            which: [round(statistics.median(column), 2) for column in zip(*runs, strict=True)]
+            for which, runs in by_tree.items()
+        }
+        shown = "".join(f"{f'{processor:.2f} ({clock:.2f})':>18}" for clock, processor in medians.values())
+        ratio = medians["new"][1] / medians["old"][1] if "old" in medians and medians["old"][1] else 0
+        print(f"{name:34}{shown}" + (f"{ratio:8.2f}" if ratio else ""))
+        result |= {
+            f"{name} {which}": {"seconds": clock, "processor_seconds": processor}
+            for which, (clock, processor) in medians.items()
+        }
     write("startup", result)
     print(json.dumps(result))
 
