@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all stress stress-long exact selftest real clients models compare bench measure check format wheel clean
+.PHONY: help demo test test-all stress stress-long exact selftest real clients models compare bench gpu measure check format wheel clean
 
 help:  ## say what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -58,6 +58,9 @@ compare: $(STAMP)  ## compare adapters byte for byte with those of a version: ma
 
 bench: $(STAMP)  ## time a training step against what else there is, five minutes
 	$(BIN)/python benchmarks/training.py --quick
+
+gpu: $(STAMP)  ## measure a card: nine stages, ten minutes at most, and the table of docs/benchmarks.md
+	$(BIN)/python benchmarks/gpu.py
 
 measure: $(STAMP)  ## count files and lines of each room, and name what is long
 	$(BIN)/python docs/measure_rooms.py

@@ -11,7 +11,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import queue
 import random
 import resource
@@ -19,7 +18,9 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,10 +132,10 @@ def upstream(data: Path, tokenizer_path: str, folder: Path, batched: bool) -> di
     return {"seconds": time.perf_counter() - begun, "tokens": tokens, "rows": count}
 
 
-WAYS = {
+WAYS: dict[str, Callable[[Path, str, Path], dict[str, float]]] = {
     "ours": ours,
-    "upstream, row by row": lambda *args: upstream(*args, batched=False),
-    "upstream, batched": lambda *args: upstream(*args, batched=True),
+    "upstream, row by row": partial(upstream, batched=False),
+    "upstream, batched": partial(upstream, batched=True),
 }
 
 
@@ -207,14 +208,12 @@ def main() -> None:
             "many_peak_of_allowed": round(many["peak_bytes"] / allowed, 3),
         }
     if said.output:
-        machine = {
-            "cpus": os.cpu_count(),
-            "system": f"{platform.system()} {platform.machine()}",
-            "tokenizer": said.tokenizer,
-        }
-        machine["tokenizer"] = "demo" if said.tokenizer == str(demo_base()) else Path(said.tokenizer).name
+        from results_file import machine  # and torch with it, which no measured process should have
+
+        tokenizer = "demo" if said.tokenizer == str(demo_base()) else Path(said.tokenizer).name
         command = f"python benchmarks/data.py --rows {said.rows} --many {said.many} --rounds {said.rounds}"
-        kept = {"date": date.today().isoformat(), "command": command, "machine": machine, **result, "runs": runs}
+        facts = {"command": command, "machine": machine(), "tokenizer": tokenizer}
+        kept = {"date": date.today().isoformat(), **facts, **result, "runs": runs}
         said.output.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result))
 

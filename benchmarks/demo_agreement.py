@@ -6,10 +6,8 @@ the development split. Writes benchmarks/results/demo_agreement-DATE.json and en
 A quarter of an hour on 2 cores.
 """
 
-import datetime
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -17,11 +15,13 @@ import tempfile
 import time
 from pathlib import Path
 
+from results_file import write
+
 from lora_alpaca import GenerateConfig, Generator
 from lora_alpaca.artifacts import run_record
 from lora_alpaca.data import Rows, demo_file
 from lora_alpaca.demo.__main__ import exact_match
-from lora_alpaca.training.progress import minutes
+from lora_alpaca.planning.budget import minutes
 
 ROOT = Path(__file__).parent.parent
 SEEDS = (42, 1, 2)
@@ -73,11 +73,7 @@ def main() -> None:
         name: statistics.median(float(str(row["exact_match"])) for row in rows if row["setting"] == name)
         for name in SETTINGS
     }
-    date = datetime.datetime.now(datetime.UTC).date().isoformat()
-    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    result = {"date": date, "machine": machine, "versions": run_record.versions(), "medians": medians, "runs": rows}
-    path = ROOT / "benchmarks" / "results" / f"demo_agreement-{date}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    path = write("demo_agreement", {"medians": medians, "runs": rows})
     print(f"{path.relative_to(ROOT)} written in {minutes(time.perf_counter() - begun)}")
     print(json.dumps(medians))
 

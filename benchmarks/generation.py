@@ -15,6 +15,7 @@ printed before it.
 """
 
 import argparse
+import importlib
 import json
 import os
 import statistics
@@ -32,7 +33,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "clients")]
 from results_file import write  # noqa: E402
 
 PROMPT = 48  # tokens
-OURS = {
+OURS: dict[str, dict[str, Any]] = {
     "merged": {"merge_adapter": "true"},
     "beside": {"merge_adapter": "false"},
     "8-bit": {"load_8bit": True},
@@ -79,10 +80,10 @@ def make(name: str, folder: Path) -> dict[str, Any]:
             torch.nn.init.normal_(parameter, std=0.01)
     adapted.save_pretrained(folder / "adapter")
     where = {"base": str(base), "adapter": str(folder / "adapter")}
-    options = {"base_model": where["base"], "lora_weights": where["adapter"], "prompt_template": "alpaca"}
+    options: dict[str, Any] = {"base_model": str(base), "lora_weights": where["adapter"], "prompt_template": "alpaca"}
     for kind in ("f16", "q8_0"):
         out = folder / kind
-        export_hf(ExportConfig(**options, output_dir=str(out), format="gguf", gguf_type=kind, receipt=False))
+        export_hf(ExportConfig(**options, output_dir=str(out), format=["gguf"], gguf_type=kind, receipt=False))
         where[kind] = str(next(out.rglob("*.gguf")))
     return where | {"vocabulary": model.config.vocab_size}
 
@@ -198,8 +199,7 @@ class Worker:
     def __init__(self, way: str, where: dict[str, Any], threads: int, dtype: str = "auto"):
         words = [sys.executable, __file__, "--serve", json.dumps([where, way, dtype])]
         if way in LLAMA:
-            import environments
-
+            environments = importlib.import_module("environments")  # of tests/clients
             words = [str(environments.python_of("llama_cpp")), "-c", LLAMA_CPP, where[LLAMA[way]], str(threads)]
         variables = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(
@@ -236,8 +236,7 @@ def measure(name: str, where: dict[str, Any], rounds: int, tokens: int, threads:
     """Return the figures of a model."""
     import random
 
-    import environments
-
+    environments = importlib.import_module("environments")  # of tests/clients
     draw = random.Random(0)
     prompts = [[draw.randrange(3, where["vocabulary"]) for _ in range(PROMPT)] for _ in range(32)]
     ways = [*OURS, *THEIRS, *(LLAMA if environments.is_there("llama_cpp") else ())]
@@ -293,8 +292,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.serve:
         return serve(*json.loads(given.serve))
-    import real_model
-
+    real_model = importlib.import_module("real_model")  # of tests
     names = [name for name in given.models.split(",") if name != "real" or real_model.is_there()]
     rounds, tokens = (1, 16) if given.quick else (given.rounds, 64)
     figures: dict[str, Any] = {}

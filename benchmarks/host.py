@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def alpaca_like() -> Examples:
     preambles = [beginning + tokens(18), beginning + tokens(26)]
     for _ in range(ROWS):
         prompt = draw.choice(preambles) + tokens(draw.randint(5, 60))
-        builder.add(Example(prompt + tokens(ROW_TOKENS - len(prompt)), [(len(prompt), ROW_TOKENS)]))
+        builder.add(Example(np.array(prompt + tokens(ROW_TOKENS - len(prompt))), [(len(prompt), ROW_TOKENS)]))
     return builder.build()
 
 
@@ -68,7 +69,7 @@ def packing(times: int) -> dict[str, float]:
         for numbers in packs(rows, budget):
             pack([rows[number] for number in numbers])
 
-    return {f"pack_{budget}_ms": round(median_ms(lambda budget=budget: step(budget), times), 2) for budget in BUDGETS}
+    return {f"pack_{budget}_ms": round(median_ms(partial(step, budget), times), 2) for budget in BUDGETS}
 
 
 def sampling(rows: int) -> dict[str, float]:

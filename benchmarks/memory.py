@@ -71,12 +71,18 @@ def child(folder: Path, options: dict[str, Any]) -> None:
     import torch.distributed.fsdp  # noqa: F401
 
     from lora_alpaca import FinetuneConfig
+    from lora_alpaca.planning import plan as plans
     from lora_alpaca.planning import preflight
+    from lora_alpaca.planning.estimate import Estimate
     from lora_alpaca.training import finetuning
 
-    estimates = []
-    original = preflight.estimate_run
-    preflight.estimate_run = lambda *args: estimates.append((original(*args), *args)) or estimates[-1][0]
+    estimates: list[tuple[Any, ...]] = []
+
+    def estimate_run(*args: Any) -> Estimate:
+        estimates.append((plans.estimate_run(*args), *args))
+        return estimates[-1][0]
+
+    preflight.estimate_run = estimate_run  # type: ignore[attr-defined,assignment]
     before, peak, done = anonymous(), [0], threading.Event()
 
     def watch() -> None:

@@ -102,10 +102,14 @@ def by_us(folder: Path, out: Path) -> Callable[[], None]:
         lora_weights=str(folder / "adapter"),
         output_dir=str(out),
         prompt_template="alpaca",
-        max_shard_size="1GB",
+        max_shard_size=10**9,
         receipt=False,
     )
-    return lambda: export_hf(config) and None
+
+    def work() -> None:
+        export_hf(config)
+
+    return work
 
 
 WAYS = {"cp": by_cp, "peft": by_peft, "ours": by_us}

@@ -22,10 +22,11 @@ import time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -48,7 +49,9 @@ def loaded(bits: int, dtype: torch.dtype) -> Any:
     return lora.attach(model, FinetuneConfig(lora_dropout=0.0), base)
 
 
-def fit(model: Any, bits: int, dtype: torch.dtype, rows: Any, engine: str = "auto") -> Any:
+def fit(
+    model: Any, bits: int, dtype: torch.dtype, rows: Any, engine: Literal["auto", "packed", "padded"] = "auto"
+) -> Any:
     """Return the context of the engine of a model."""
     from lora_alpaca.engine import EngineChoices, fitted
     from lora_alpaca.models.device import DeviceSpec
@@ -97,7 +100,8 @@ def gradient(rows: Any) -> dict[str, Any]:
         "rows alone, loss in fp64": difference(loss_and_gradient(Reference(*alone), few), judge),
         "rows alone, F.cross_entropy in fp32": difference(loss_and_gradient(InFp32(*alone), few), judge),
     }
-    for engine in ("packed", "padded"):
+    engines: tuple[Literal["packed", "padded"], ...] = ("packed", "padded")
+    for engine in engines:
         with fit(model, 16, torch.float32, few, engine) as (fitted_engine, _):
             found[engine] = difference(loss_and_gradient(fitted_engine, few), judge)
     return {"gradient_error_in_fp32": found}
@@ -108,9 +112,14 @@ def precisions(rows: Any, which: list[str]) -> dict[str, Any]:
     from lora_alpaca.engine import equivalence, fitting
 
     found: dict[str, Any] = {}
-    compare, seen = equivalence.compare, []
+    original, seen = equivalence.compare, list[Any]()
+
+    def compare(*args: Any, **options: Any) -> Any:
+        seen.append(original(*args, **options))
+        return seen[-1]
+
     for module in (equivalence, fitting):
-        module.compare = lambda *a, **k: seen.append(compare(*a, **k)) or seen[-1]  # type: ignore[attr-defined]
+        module.compare = compare  # type: ignore[attr-defined]
     for bits, dtype in PRECISIONS:
         name = f"{bits}-bit base, {str(dtype).removeprefix('torch.')}"
         if which and not any(word in name for word in which):
@@ -152,30 +161,27 @@ def steps(old: str, data: str, rows: Any, pairs: int, cutoff: int) -> dict[str, 
         archive = subprocess.run(["git", "archive", old, "lora_alpaca"], cwd=ROOT, check=True, capture_output=True)
         subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
         (before / "rows.json").write_text(data)
-        workers = {}
+        workers, said = dict[str, subprocess.Popen[str]](), {}
         for name, tree in (("before", before), ("after", ROOT)):
             command = [sys.executable, __file__, "--serve", str(before / "rows.json")]
             environment = os.environ | {"PYTHONPATH": str(tree)}
             workers[name] = subprocess.Popen(
                 command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
             )
-            workers[name].said = json.loads(workers[name].stdout.readline())  # type: ignore[attr-defined,union-attr]
-        draw, seconds = random.Random(0), {name: [] for name in workers}
+            said[name] = _asked(workers[name])
+        draw = random.Random(0)
+        seconds: dict[str, list[float]] = {name: [] for name in workers}
         losses: dict[str, list[float]] = {name: [] for name in workers}
         for pair in range(pairs + 1):
             numbers = draw.sample(range(len(rows)), ROWS)
             for name, worker in workers.items():
-                worker.stdin.write(json.dumps(numbers) + "\n")
-                worker.stdin.flush()
-                answer = json.loads(worker.stdout.readline())
+                answer = _asked(worker, json.dumps(numbers) + "\n")
                 if pair:  # the first is for warming up
                     seconds[name].append(answer["seconds"])
                     losses[name].append(answer["loss"])
                 print(name, answer, flush=True)
         for worker in workers.values():
-            worker.stdin.close()
-            worker.wait()
-    said = {name: worker.said for name, worker in workers.items()}
+            worker.communicate()
     return {
         f"steps of rows cut to {cutoff} tokens": {
             "what": f"processor seconds of a step of {ROWS} rows, 8-bit base, fp32 compute, 1 thread; medians of pairs",
@@ -188,6 +194,14 @@ def steps(old: str, data: str, rows: Any, pairs: int, cutoff: int) -> dict[str, 
             "losses": losses,
         }
     }
+
+
+def _asked(worker: subprocess.Popen[str], line: str = "") -> Any:
+    """Return the next answer of a process, to a line that it is given."""
+    assert worker.stdin and worker.stdout
+    worker.stdin.write(line)
+    worker.stdin.flush()
+    return json.loads(worker.stdout.readline())
 
 
 def main() -> None:
@@ -205,7 +219,7 @@ def main() -> None:
     from lora_alpaca.data.examples import Example
 
     raw = json.loads(Path(asked.serve).read_text()) if asked.serve else encoded(asked.data, asked.cutoff)
-    rows = [Example(ids, [(first, last) for first, last in spans]) for ids, spans in raw]
+    rows = [Example(np.array(ids), [(first, last) for first, last in spans]) for ids, spans in raw]
     if asked.serve:
         serve(rows)
         return

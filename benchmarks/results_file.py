@@ -2,29 +2,21 @@
 
 import datetime
 import json
-import os
-import platform
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lora_alpaca.artifacts import run_record
+from lora_alpaca.models import hardware
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> dict[str, Any]:
     """Return what the figures depend on: the processor, its cores, and the GPU if there is one."""
-    import torch
-
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [
-            line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = names[0] if names else cpu
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"cpu": cpu, "cores": os.cpu_count(), "gpu": gpu}
+    found = hardware.describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return {"cpu": found["processor"] or found["machine"], "cores": found["cores"], "gpu": found["gpu"]}
 
 
 def write(name: str, figures: dict[str, Any]) -> Path:

@@ -13,7 +13,13 @@ from lora_alpaca.data.examples import IGNORED, Example
 
 
 def clock() -> float:
-    """Return the processor's seconds on one thread, which other work does not change; on more, those on the wall."""
+    """Return the processor's seconds on one thread, which other work does not change; on more, those on the wall.
+
+    Those on the wall, too, of a card, when it has computed all that it was given.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return time.perf_counter()
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
@@ -34,12 +40,13 @@ def step(
 ) -> tuple[float, float | None]:
     """Return seconds and loss of one step over all examples, the adapter as it was before."""
     before = {key: value.clone() for key, value in model.state_dict().items() if "lora_" in key}
-    watch = _Clock()
+    watch = Clock()
     with tempfile.TemporaryDirectory() as folder:
         options = {
             "output_dir": folder, "max_steps": 1, "learning_rate": 3e-4, "bf16": dtype == torch.bfloat16,
-            "use_cpu": True, "optim": "adamw_torch", "save_strategy": "no", "logging_steps": 1, "report_to": "none",
-            "disable_tqdm": True, "dataloader_pin_memory": False,
+            "fp16": dtype == torch.float16, "use_cpu": model.device.type == "cpu", "optim": "adamw_torch",
+            "save_strategy": "no", "logging_steps": 1, "report_to": "none", "disable_tqdm": True,
+            "dataloader_pin_memory": False,
         }  # fmt: skip
         if name == "TRL":
             options |= {} if as_shipped else {"gradient_checkpointing": False}
@@ -69,7 +76,7 @@ class _InOrder(Trainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
-class _Clock(TrainerCallback):
+class Clock(TrainerCallback):
     """Measures training alone, without the making of a trainer."""
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:

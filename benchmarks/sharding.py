@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from results_file import write
 
 SIZES = {"hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 12, "num_key_value_heads": 12}
@@ -81,7 +82,7 @@ def rank(mode: str, folder: Path) -> None:
 
     draw = torch.Generator().manual_seed(0)
     ids = [torch.randint(VOCABULARY, (40,), generator=draw).tolist() for _ in range(ROWS)]
-    rows = [Example(row, [(20, 40)]) for row in ids]
+    rows = [Example(np.array(row), [(20, 40)]) for row in ids]
     config = FinetuneConfig(device="cpu", dtype="fp32", load_8bit=False, lora_target_modules=["q_proj", "v_proj"])
     with World(config) as world:
         base, peak = locate_base(str(folder / "base")), Peak()
@@ -107,8 +108,8 @@ def rank(mode: str, folder: Path) -> None:
         seconds["step"] = statistics.median(taken[1:])
         if mode == "full":
             most["save_extra"] = before + save(model, world, folder, peak)
-        found = {f"{name}_mb": round(world.largest(value - before) / 1e6) for name, value in most.items()}
-        found |= {f"{name}_seconds": round(value, 2) for name, value in seconds.items()}
+        megabytes = {f"{name}_mb": round(world.largest(value - before) / 1e6) for name, value in most.items()}
+        found = megabytes | {f"{name}_seconds": round(value, 2) for name, value in seconds.items()}
         if world.is_main:
             (folder / f"{mode}.json").write_text(json.dumps(found))
 

@@ -2,11 +2,14 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gpu
+
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "docs" / name for name in ("benchmarks.md", "reliability.md")]
+PAGES = [ROOT / "docs" / name for name in ("benchmarks.md", "cost.md", "reliability.md")]
 
 
 def newest(name: str) -> dict[str, Any]:
@@ -155,7 +158,31 @@ def generation(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def cards(figures: dict[str, Any]) -> str:
+    """Return the stages of one card."""
+    return gpu.table(figures["stages"])
+
+
+def estimates(figures: dict[str, Any]) -> str:
+    """Return estimated and measured memory and time of every setting."""
+    machine, cases = figures["machine"], figures["cases"]
+    lines = [
+        f"{machine['cpu']}, one thread a rank, processor seconds, {figures['date']}.",
+        "",
+        _line(["setting", "memory: estimated", "measured", "ratio", "time: estimated", "measured", "ratio"]),
+        "|" + "---|" * 7,
+    ]
+    for name, found in cases.items():
+        memory, seconds = found["memory"], found["seconds"]
+        sizes = [f"{memory[key] / 1e9:.2f} GB" for key in ("estimated", "measured")]
+        times = [f"{seconds[key]:.1f} s" for key in ("estimated", "measured")]
+        lines.append(_line([name, *sizes, f"{memory['ratio']:.2f}", *times, f"{seconds['ratio']:.2f}"]))
+    return "\n".join(lines)
+
+
 FORMS = {
+    "estimate": estimates,
+    "gpu": cards,
     "convergence": convergence,
     "generation": generation,
     "reliability_stress": reliability,
@@ -163,14 +190,20 @@ FORMS = {
 }
 
 
+def _between(text: str, marks: re.Match[str]) -> str:
+    return f"{marks[1]}{text}\n{marks[2]}"
+
+
 def main() -> None:
     """Put every table between its marks."""
     for path in PAGES:
         page = path.read_text()
         for name in re.findall(r"<!-- (\w+) -->", page):
+            if not list((ROOT / "benchmarks" / "results").glob(f"{name}-[0-9]*.json")):
+                continue  # no card has been measured; the costs elsewhere are docs/cost_table.py's
             text = FORMS.get(name, table)(newest(name))
             pattern = rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)"
-            page = re.sub(pattern, lambda found, text=text: f"{found[1]}{text}\n{found[2]}", page, flags=re.S)
+            page = re.sub(pattern, partial(_between, text), page, flags=re.S)
         path.write_text(page)
 
 

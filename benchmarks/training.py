@@ -29,6 +29,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import rivals
 import torch
 import transformers
@@ -81,7 +82,7 @@ def rows(shape: str, train_on_inputs: bool) -> list[Example]:
         answer = tokens(draw.lognormvariate(0, spread) * median)
         ids = (prompt + answer)[:512]
         first = 0 if train_on_inputs else len(prompt)
-        examples.append(Example(ids, [(first, len(ids))] if first < len(ids) else []))
+        examples.append(Example(np.array(ids), [(first, len(ids))] if first < len(ids) else []))
     return examples
 
 
@@ -182,13 +183,15 @@ def _matmul_seconds(engine: Engine, examples: list[Example], dtype: torch.dtype)
         if isinstance(part, torch.nn.Linear) and "lora_" not in name and "lm_head" not in name
         and not hasattr(part, "base_layer")
     ]  # fmt: skip
-    total, known = 0.0, {}
+    total = 0.0
+    known: dict[tuple[int, int, int, bool], float] = {}
     for numbers in packs(examples, BUDGET):
         packed = pack([examples[number] for number in numbers])
         tokens, predictions = packed.input_ids.numel(), len(packed.indices)
-        shapes = [(tokens, *layer) for layer in layers] + [(predictions, config.vocab_size, config.hidden_size, False)]
+        head = (predictions, config.vocab_size, config.hidden_size, False)
+        shapes = [*((tokens, out, width, first) for out, width, first in layers), head]
         for shape in shapes:  # the first layer's input has no gradient, so its q, k and v have none to pass on
-            known[shape] = known.get(shape) or _product_seconds(*shape, dtype=dtype)
+            known[shape] = known.get(shape) or _product_seconds(*shape, dtype)
             total += known[shape]
     return total
 
@@ -330,8 +333,8 @@ def main() -> None:
                 figures[name]["alone"] = alone(folder, name, shape, asked)
                 print(f"    alone    {name:34} {figures[name]['alone']}", flush=True)
             if not asked.quick:
-                seconds = {name: figures[name]["alone"]["seconds"] for name in ALONE if name in figures}
-                headlines[shape]["as_shipped"] = ratios(seconds, precision)
+                as_shipped = {name: figures[name]["alone"]["seconds"] for name in ALONE if name in figures}
+                headlines[shape]["as_shipped"] = ratios(as_shipped, precision)
             write(kind, {"options": options, "headlines": headlines, "tables": tables})
         for shape, figures in tables.items():
             for name, found in figures.items():

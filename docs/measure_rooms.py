@@ -1,4 +1,4 @@
-"""Print files and lines of each room and of its tests, and which files and functions are longer than the guide.
+"""Print files and lines of each room and of its tests, and which folders, files and functions are past the guide.
 
 A guide, not a gate: python docs/measure_rooms.py.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = runpy.run_path(str(Path(__file__).with_name("draw_architecture.py")))["ROOMS"]
-FILES, LINES, FUNCTION = range(3, 13), 300, 60  # files in a room, lines in a file, lines in a function
+FILES, LINES, FUNCTION = range(3, 13), 300, 60  # files in a folder, lines in a file, lines in a function
 
 
 def python_files(folder: Path) -> list[Path]:
@@ -41,10 +41,13 @@ def main() -> None:
         tests = sorted((ROOT / "tests" / room).rglob("*.py"))
         counts = [len(code), sum(map(lines, code)), sum(map(lines, tests))]
         total = [one + more for one, more in zip(total, counts, strict=True)]
-        few_or_many = len(code) > 1 and len(code) - 1 not in FILES  # but for __init__
-        print(f"{room:<13}{counts[0]:>6}{counts[1]:>7}{counts[2]:>10}" + "  (guide: 3 to 12 files)" * few_or_many)
+        print(f"{room:<13}{counts[0]:>6}{counts[1]:>7}{counts[2]:>10}")
     elsewhere = sum(map(lines, python_files(ROOT / "tests"))) - total[2]
     print(f"{'together':<13}{total[0]:>6}{total[1]:>7}{total[2]:>10}  and {elsewhere} lines of tests across rooms")
+    folders = [path.parent for room in ROOMS for path in (ROOT / "lora_alpaca" / room).rglob("__init__.py")]
+    for count, folder in sorted(((len([*folder.glob("[!_]*.py")]), folder) for folder in folders), reverse=True):
+        if count not in FILES:
+            print(f"{count} files: {folder.relative_to(ROOT)} (guide: {FILES.start} to {FILES.stop - 1})")
     everything = [path for room in ROOMS for path in python_files(ROOT / "lora_alpaca" / room)]
     for length, path in sorted(((lines(path), path) for path in everything), reverse=True):
         if length > LINES:

@@ -18,6 +18,8 @@ from lora_alpaca._version import __version__
 # Other libraries read these while they are imported, so they are set here.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # no line for every attempt to connect; the last error is reported
+if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():  # how torch's threads wait:
+    os.environ["OMP_WAIT_POLICY"] = "passive"  # asleep; awake they take the time of one that another program holds up
 logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # it urges to install `kernels`, which fetches code
 
 _HOMES = {
@@ -35,6 +37,7 @@ _HOMES = {
     "LoraAlpacaError": "errors",
     "ModelError": "errors",
     "RankError": "errors",
+    "ReproductionError": "errors",
     "RunResult": "artifacts.run_record",
     "SelfTestError": "errors",
     "Template": "prompts",
@@ -61,6 +64,7 @@ if TYPE_CHECKING:
         LoraAlpacaError,
         ModelError,
         RankError,
+        ReproductionError,
         SelfTestError,
         TemplateError,
         TrainingError,

@@ -12,7 +12,8 @@
     ├── TrainingError    (RuntimeError)     a step that cannot be taken, such as one with a loss of NaN
     ├── RankError        (RuntimeError)     another process of the run that failed, died or hangs
     ├── ExportError      (RuntimeError)     a merge that would not answer as base + adapter does
-    └── SelfTestError    (RuntimeError)     a check of the self-test that fails on this machine
+    ├── SelfTestError    (RuntimeError)     a check of the self-test that fails on this machine
+    └── ReproductionError (RuntimeError)    a run that was made again and is another one
 
 A message is one line: what is wrong, where (`file:row` or `--flag`) and what to do. The command line prints it as
 `error: ...` and exits with `exit_code`: 2 for wrong input, 1 for what happened while working. What it quotes of
@@ -33,6 +34,13 @@ def visible(text: str) -> str:
     Newlines and tabs stay.
     """
     return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+def first_line(error: BaseException | None) -> str:
+    """Return the first line of what another library says, and the next ones as long as they end in a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    last = next((number for number, line in enumerate(lines) if not line.endswith(":")), 0)
+    return " ".join(lines[: last + 1]).removesuffix(".")
 
 
 class LoraAlpacaError(Exception):
@@ -110,3 +118,7 @@ class ExportError(LoraAlpacaError, RuntimeError):
 
 class SelfTestError(LoraAlpacaError, RuntimeError):
     """Something that should change nothing changes a result on this machine."""
+
+
+class ReproductionError(LoraAlpacaError, RuntimeError):
+    """A run that was made again from its record gives another result."""

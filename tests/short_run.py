@@ -1,5 +1,6 @@
-"""What tests of short runs share: their flags, the adapter they make, and a folder as a killed run leaves it."""
+"""What tests of short runs share: flags, a clock, the adapter they make, and a folder as a killed run leaves it."""
 
+import hashlib
 import json
 
 import torch
@@ -20,6 +21,17 @@ def adapter(folder, base, rows, **options):
     } | options  # fmt: skip
     places = {"base_model": str(base), "data_path": str(path), "output_dir": str(folder / "adapter")}
     return finetune(FinetuneConfig(**places | chosen)).output_dir
+
+
+class Clock:
+    """A clock that goes on by some seconds whenever it is looked at: time without waiting."""
+
+    def __init__(self, tick=0.5, seconds=0.0):
+        self.tick, self.seconds = tick, seconds
+
+    def __call__(self):
+        self.seconds += self.tick
+        return self.seconds
 
 
 def flags(options):
@@ -44,3 +56,13 @@ def interrupt(folder, last_checkpoint):
         elif (folder / name).is_file():
             (folder / name).unlink()
     OutputFolder(folder).write_record(record | {"status": "running"})
+
+
+def change_state(checkpoint, change):
+    """Change the facts of a checkpoint as if it had been written so."""
+    facts, manifest = (json.loads((checkpoint / name).read_text()) for name in ("state.json", "manifest.json"))
+    change(facts)
+    data = json.dumps(facts).encode()
+    manifest["files"]["state.json"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (checkpoint / "state.json").write_bytes(data)
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))

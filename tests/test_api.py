@@ -9,23 +9,27 @@ import lora_alpaca
 
 NAMES = """
     AdapterError CheckpointError ConfigError ContractError DataError ExportConfig ExportError FinetuneConfig FolderError
-    GenerateConfig Generator LoraAlpacaError ModelError RankError RunResult SelfTestError Template TemplateError
-    TrainingError __version__ export_hf finetune load_template
+    GenerateConfig Generator LoraAlpacaError ModelError RankError ReproductionError RunResult SelfTestError
+    Template TemplateError TrainingError __version__ export_hf finetune load_template
 """
 
-MODEL = "base_model revision trust_remote_code device dtype"
+MODEL = "base_model revision trust_remote_code device dtype config"
 FLAGS = {
     "finetune.py": f"""
         {MODEL} load_4bit load_8bit data_path columns skip_bad_rows output_dir prompt_template_name cutoff_len
         overlong val_data_path val_set_size max_truncated max_dropped max_duplicates cache_dir train_on_inputs train_on
-        train_on_reasoning ignore_fields add_eos_token batch_size micro_batch_size num_epochs max_steps
-        learning_rate lr_scheduler warmup_steps warmup_ratio tune layers layer_parts optimizer shard shard_size offload
-        processes weight_decay max_grad_norm group_by_length engine token_budget
+        train_on_reasoning ignore_fields add_eos_token recipe batch_size micro_batch_size num_epochs max_steps
+        max_minutes max_cost price_per_hour
+        learning_rate find_lr_minutes
+        lr_scheduler warmup_steps warmup_ratio tune layers layer_parts optimizer shard shard_size offload
+        cache_hidden cache_gb processes threads recheck weight_decay max_grad_norm neftune_alpha group_by_length
+        engine token_budget
         share_prefix compile
         gradient_checkpointing seed lora_r lora_alpha lora_dropout
-        lora_target_modules use_rslora use_dora init_adapter eval_steps save_steps logging_steps
+        lora_target_modules lora_target_parameters lora_plus_ratio use_rslora use_dora init_adapter
+        eval_steps save_steps logging_steps
         save_total_limit early_stopping_patience resume resume_from_checkpoint allow_change overwrite
-        on_nonfinite on_oom rank_timeout report report_rows report_answers report_to wandb_project
+        export_dir on_nonfinite on_oom rank_timeout report report_rows report_answers report_to wandb_project
         wandb_run_name wandb_watch wandb_log_model
     """,
     "generate.py": f"""
@@ -39,7 +43,7 @@ FLAGS = {
 
 SHOW = """
     data_path columns skip_bad_rows prompt_template_name cutoff_len overlong train_on_inputs train_on
-    train_on_reasoning ignore_fields add_eos_token base_model revision trust_remote_code row html worst run
+    train_on_reasoning ignore_fields add_eos_token base_model revision trust_remote_code row html worst run config
 """
 EVALUATE = f"""
     {MODEL} load_4bit load_8bit merge_adapter lora_weights prompt_template data_path columns ignore_fields max_rows
@@ -73,7 +77,9 @@ def test_the_flags_of_the_scripts(script, run_script, tmp_path):
     ("verb", "flags"),
     [
         ("show", SHOW),
+        ("find_lr", f"{FLAGS['finetune.py']} svg"),
         ("evaluate", EVALUATE),
+        ("estimate", f"{FLAGS['finetune.py']} on devices rows mean_tokens probe json"),
         ("report", "run"),
         ("compare", "run_a run_b html"),
         ("convert_adapter", "old new"),
@@ -82,6 +88,11 @@ def test_the_flags_of_the_scripts(script, run_script, tmp_path):
         ("import_meta", "old new context_length max_shard_size"),
         ("weight_diff", "action base source target max_shard_size"),
         ("selftest", f"{MODEL} only json"),
+        (
+            "reproduce",
+            "adapter output_dir overwrite base_model data_path val_data_path init_adapter trust_remote_code device "
+            "tolerance json",
+        ),
     ],
 )
 def test_the_flags_of_the_other_commands(verb, flags):

@@ -71,7 +71,7 @@ HOMES = {  # the rooms or files that may import a library; of torch see WITHOUT_
         "selftest/judge.py",
     },
     "prometheus_client": {"inference/server/metrics.py"},
-    "psutil": {"models/memory.py"},
+    "psutil": {"models/memory.py", "planning/budget.py"},
     "pyarrow": {"data/readers/arrow_rows.py", "data/row_losses.py", "evaluation/table.py"},
     "rouge_score": {"evaluation/scores.py"},
     "pydantic": {"config", "storage/json_files.py", "export/verify/served_receipt.py", "inference/server/bodies.py"},
@@ -83,6 +83,7 @@ HOMES = {  # the rooms or files that may import a library; of torch see WITHOUT_
     "transformers": {"models", "engine/attention.py", "inference", "export", "selftest"},
     "uvicorn": {"inference/server/listening.py"},
     "wandb": {"training/trackers.py"},
+    "yaml": {"config/option_file.py"},
 }
 
 WITHOUT_TORCH = ("errors", "signals", "storage", "config", "prompts", "data", "cli")

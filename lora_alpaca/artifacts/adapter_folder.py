@@ -19,7 +19,7 @@ from lora_alpaca.artifacts import adapter_settings, checkpoint, privacy, prompt_
 from lora_alpaca.artifacts.prompt_contract import PromptContract
 from lora_alpaca.artifacts.run_record import RunResult
 from lora_alpaca.config import FinetuneConfig
-from lora_alpaca.errors import AdapterError, ConfigError
+from lora_alpaca.errors import AdapterError, ConfigError, first_line
 from lora_alpaca.models import quantization
 from lora_alpaca.models.adapter_kinds import require_same_base
 from lora_alpaca.models.adapter_layers import AdapterLayers
@@ -168,8 +168,8 @@ def download(hub_id: str, flag: str = "--lora_weights", weights: str = WEIGHTS) 
     try:
         return Path(snapshot_download(hub_id, allow_patterns=["*.json", weights, "tokenizer*"]))
     except Exception as error:  # the hub's many errors have no common base
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise AdapterError(f"{flag} {hub_id}: no such folder, and the hub gives none ({reason})") from None
+        said = f"no such folder, and the hub gives none ({first_line(error)})"
+        raise AdapterError(f"{flag} {hub_id}: {said}") from None
 
 
 # ----------------------------------------------------------------------------------------------------------- checking

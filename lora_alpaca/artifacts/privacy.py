@@ -11,24 +11,32 @@ from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
+from lora_alpaca.storage import output_folder
 from lora_alpaca.storage.json_files import read_json
 from lora_alpaca.storage.paths import user_path
 
-FILE = "lora_alpaca.private.json"
-REPORT = ("report.html", "report.md", "report.json", "row_losses.parquet")  # of a run, with rows in it
+FILE = output_folder.PRIVATE
+REPORT = (
+    "report.html",
+    "report.md",
+    "report.json",
+    "row_losses.parquet",
+    "learning_rate.svg",
+)  # of a run, with rows in it
 FILES = (FILE, *REPORT)
 ABOUT = "Not to be published: paths of this machine and pieces of the rows. The adapter works without this file."
 _PARTS = ("options", "ledger")  # of a record, that are split key by key
+_KEYS = ("working_directory",)  # of a record, that are private as a whole
 _OPTIONS = (
     "base_model", "data_path", "val_data_path", "prompt_template_name", "output_dir", "cache_dir",
-    "init_adapter", "resume_from_checkpoint",
+    "export_dir", "init_adapter", "resume_from_checkpoint",
 )  # fmt: skip
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+([:@].*)?")
 
 
 def published(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return a record as anyone may read it: folders and files by their last names, rows by their number alone."""
-    public = dict(record)
+    public = {key: value for key, value in record.items() if key not in _KEYS}
     if base := public.get("base_model"):
         public |= {"base_model": _name(base), "base_is_local": os.path.isabs(base) or bool(public.get("base_is_local"))}
     if public.get("adapter"):
@@ -46,6 +54,7 @@ def private(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return what `published` leaves out of a record."""
     public = published(record)
     found: dict[str, Any] = {"about": ABOUT, "run": record.get("run"), "base_model": record.get("base_model")}
+    found |= {key: record[key] for key in _KEYS if key in record}
     for part in _PARTS:
         found[part] = {key: value for key, value in record.get(part, {}).items() if value != public[part][key]}
     return found
@@ -59,6 +68,7 @@ def whole(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     base = found.get("base_model")
     if isinstance(base, str) and _name(base) == record.get("base_model"):
         record["base_model"] = base
+    record |= {key: found[key] for key in _KEYS if isinstance(found.get(key), str)}
     for part in _PARTS:
         if isinstance(found.get(part), dict) and isinstance(record.get(part), dict):
             record[part] = record[part] | found[part]

@@ -3,7 +3,10 @@
 Generation and export read it; resuming compares it.
 """
 
+import os
+import platform
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +16,16 @@ from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.config.environment import version_of
 from lora_alpaca.config.training import RECORDED_FACTS
 from lora_alpaca.errors import FolderError, LoraAlpacaError
+from lora_alpaca.models import hardware
 from lora_alpaca.models.base import Base
 from lora_alpaca.models.device import DeviceSpec
 from lora_alpaca.prompts import AnyTemplate
 from lora_alpaca.storage import output_folder
 from lora_alpaca.storage.json_files import Count, Shape, shape_of_options
 
-LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers")
+LIBRARIES = (  # that decide its numbers
+    "torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "sentencepiece", "jinja2", "numpy",
+)  # fmt: skip
 
 
 @dataclass
@@ -93,7 +99,10 @@ def describe(
         "base_stored_as": spec.kind or None,  # where it is stored quantised already
         "template": template.to_json(),
         "precision": str(spec),
+        "compute_dtype": spec.dtype_name,
         "ranks": world_size,
+        "hardware": hardware.describe(spec.device),  # of the main process
+        "working_directory": os.getcwd(),  # which relative paths among the options are of
         "options": config.model_dump(),
         "said": sorted(config.model_fields_set),  # the options that the user set
         "versions": versions(),
@@ -105,14 +114,14 @@ def differences(stored: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[
 
     A path or an id may differ, as long as the recorded hash of what it names is equal.
     """
-    before, after = _identity(stored), _identity(now)
+    before, after = identity(stored), identity(now)
     identified = FinetuneConfig.same_if() | {"base_revision": "base_sha256"}
     same = {name for name, fact in identified.items() if before.get(fact) == after.get(fact)}
     changed = {key: (value, after.get(key)) for key, value in before.items() if value != after.get(key)}
     return {key: values for key, values in changed.items() if key not in same}
 
 
-def _identity(record: dict[str, Any]) -> dict[str, Any]:
+def identity(record: dict[str, Any]) -> dict[str, Any]:
     """Return what a run is identified by: the options that decide something, and recorded facts.
 
     An option that came after the record was written had the value that is its default now.
@@ -133,6 +142,24 @@ def finished_run(output_dir: Path) -> RunResult:
     return RunResult(output_dir, **{name: record["result"][name] for name in _Result.model_fields})
 
 
+def surroundings(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the versions and the hardware that a record tells: what decides how numbers are rounded."""
+    hardware = record.get("hardware")
+    found = {**record.get("versions", {}), **(hardware if isinstance(hardware, dict) else {})}
+    found.pop("cores", None)
+    return {name: " ".join(map(str, value)) if isinstance(value, list) else value for name, value in found.items()}
+
+
+def moved(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """Return name -> sentence for what surrounds a run and is not as it was in another record."""
+    return {
+        name: f"{name} was {then.get(name, 'not recorded')} and is {value}"
+        for name, value in now.items()
+        if then.get(name, None) != value
+    }
+
+
 def versions() -> dict[str, str]:
     """Return the versions of this library and of those that decide its results."""
-    return {"lora_alpaca": __version__} | {name: version_of(name) for name in LIBRARIES}
+    own = {"lora_alpaca": __version__, "python": platform.python_version()}
+    return own | {name: version_of(name) for name in LIBRARIES}

@@ -1,9 +1,11 @@
 """Words of a command line to a config."""
 
 from collections.abc import Mapping, Sequence
-from typing import TypeVar, get_args
+from typing import TypeVar
 
 from lora_alpaca.cli.help import type_name
+from lora_alpaca.config import option_file
+from lora_alpaca.config.option_file import FLAG, OptionFile
 from lora_alpaca.config.options import Options
 from lora_alpaca.errors import ConfigError
 
@@ -15,7 +17,8 @@ def parse(
 ) -> Config:
     """Return the config that the words of a command line make; ConfigError for any word that does not belong.
 
-    A flag that only another one of the `commands` has is named as such.
+    Options of the file that --config names are as if they were among the words, which win over them. A flag that only
+    another one of the `commands` has is named as such.
     """
     import fire  # a fifth of the time of --help, which has nothing to parse
     from fire.decorators import SetParseFn
@@ -24,12 +27,25 @@ def parse(
     def build(**flags: str) -> dict[str, str]:
         return flags
 
-    flags = fire.Fire(build, command=_joined(config_class, argv, commands or {}), serialize=lambda _: None)
-    return config_class(**flags)
+    given, unvalued = _given(config_class, argv)
+    if FLAG in unvalued:
+        raise ConfigError(f"--{FLAG} needs a value: --{FLAG} FILE")
+    is_named = FLAG in given and config_class.takes_file()
+    file = option_file.read(given.pop(FLAG), config_class) if is_named else OptionFile("")
+    options = {name: value for name, value in file.values.items() if name not in given}
+    try:
+        if (options | given).keys() - config_class.model_fields.keys():
+            raise ConfigError(config_class.unknown(options | given, commands))
+        for name in unvalued:
+            raise ConfigError(f"--{name} needs a value: --{name} {type_name(config_class, name)}")
+        words = [f"--{name}={value}" for name, value in given.items()]  # the one form that fire cannot misread
+        return config_class(**options, **fire.Fire(build, command=words, serialize=lambda _: None))
+    except ConfigError as error:
+        raise ConfigError(file.located(str(error), options)) from None
 
 
-def _joined(config_class: type[Options], argv: Sequence[str], commands: Mapping[str, type[Options]]) -> list[str]:
-    """Return the words as `--name=value`, the one form that fire cannot misread, having refused all others."""
+def _given(config_class: type[Options], argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Return name -> value of the words, and the names of those that lack one; any other word is an error."""
     words, given = list(argv), {}
     positional = list(config_class.positional)
     unvalued, last = [], ""
@@ -43,19 +59,15 @@ def _joined(config_class: type[Options], argv: Sequence[str], commands: Mapping[
         last = name = dashed.replace("-", "_")
         if name in given:
             raise ConfigError(f"--{name} is given twice; once is enough")
-        is_known = name in config_class.model_fields
+        is_known = name in config_class.model_fields or (name == FLAG and config_class.takes_file())
         if not equals:
             bare = not words or words[0].startswith("--")
-            unvalued += [name] * (bare and is_known and not _is_switch(config_class, name))
+            unvalued += [name] * (bare and is_known and not config_class.is_switch(name))
             value = "True" if bare else words.pop(0)
         while not is_known and words and not words[0].startswith("--"):
             value += f" {words.pop(0)}"  # of a flag of another trainer, which may take several
         given[name] = value
-    if given.keys() - config_class.model_fields.keys():
-        raise ConfigError(config_class.unknown(given, commands))
-    for name in unvalued:
-        raise ConfigError(f"--{name} needs a value: --{name} {type_name(config_class, name)}")
-    return [f"--{name}={value}" for name, value in given.items()]
+    return given, unvalued
 
 
 def _way(config_class: type[Options], last: str) -> str:
@@ -63,8 +75,3 @@ def _way(config_class: type[Options], last: str) -> str:
     if last in config_class.model_fields and type_name(config_class, last) == "NAMES":
         return f"a list has commas: --{last} NAME,NAME"
     return "every option is --name value"
-
-
-def _is_switch(config_class: type[Options], name: str) -> bool:
-    annotation = config_class.model_fields[name].annotation
-    return annotation is bool or bool in get_args(annotation)

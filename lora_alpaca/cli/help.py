@@ -3,7 +3,13 @@
 import textwrap
 from typing import Any, get_args
 
+from lora_alpaca.config.option_file import FLAG
 from lora_alpaca.config.options import Options
+
+FILE_HELP = (
+    "Take options from a .yaml or .json file, under these same names; for finetune it may be the lora_alpaca.json of a "
+    "run. What is said on the command line wins. [default: none]"
+)
 
 
 def help_text(config_class: type[Options]) -> str:
@@ -14,12 +20,17 @@ def help_text(config_class: type[Options]) -> str:
         words = config_class.wording.get(name, {})
         default = words.get("auto", extra["auto"]) or _shown(field.default)
         facts = "; ".join(part for part in (extra["unit"] and f"in {extra['unit']}", f"default: {default}") if part)
-        text = textwrap.fill(
-            f"{words.get('help', field.description)} [{facts}]", 110, initial_indent=" " * 6, subsequent_indent=" " * 6
-        )
-        groups.setdefault(extra["group"], []).append(f"  --{name} {type_name(config_class, name)}\n{text}")
+        meaning = f"{words.get('help', field.description)} [{facts}]"
+        groups.setdefault(extra["group"], []).append(_entry(name, type_name(config_class, name), meaning))
+    if config_class.takes_file():
+        groups["options in a file"] = [_entry(FLAG, "FILE", FILE_HELP)]
     title = (config_class.__doc__ or "").splitlines()[0]
     return "\n\n".join([title, *(f"{group}\n" + "\n".join(lines) for group, lines in groups.items())])
+
+
+def _entry(name: str, kind: str, meaning: str) -> str:
+    text = textwrap.fill(meaning, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return f"  --{name} {kind}\n{text}"
 
 
 def overview(commands: dict[str, type[Options]]) -> str:

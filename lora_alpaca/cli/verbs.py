@@ -15,18 +15,22 @@ from lora_alpaca.config import (
     CompareConfig,
     ConvertBaseConfig,
     ConvertConfig,
+    EstimateConfig,
     EvaluateConfig,
     ExportConfig,
+    FindConfig,
     FinetuneConfig,
     GenerateConfig,
     ImportMetaConfig,
     ReportConfig,
+    ReproduceConfig,
     SelftestConfig,
     ShowConfig,
     VerifyConfig,
     WeightDiffConfig,
 )
 from lora_alpaca.config.environment import check_libraries, require_folder
+from lora_alpaca.config.importing import importing, leave_garbage_at_exit
 from lora_alpaca.config.options import Options
 from lora_alpaca.errors import ConfigError, LoraAlpacaError, visible
 from lora_alpaca.signals import Interrupted, Stop
@@ -44,11 +48,15 @@ class Verb(NamedTuple):
 
     def __call__(self, config: Options) -> None:
         module, _, name = self.function.partition(":")
-        getattr(import_module(f"lora_alpaca.{module}"), name)(config)
+        with importing():
+            function = getattr(import_module(f"lora_alpaca.{module}"), name)
+        function(config)
 
 
 VERBS = {
-    "finetune": Verb(FinetuneConfig, "training:finetune"),
+    "finetune": Verb(FinetuneConfig, "training:command"),
+    "estimate": Verb(EstimateConfig, "training.estimating.estimating:estimate", makes_folder=False),
+    "find_lr": Verb(FindConfig, "training.search.finding:find_lr"),
     "generate": Verb(GenerateConfig, "inference.terminal:generate", makes_folder=False),
     "evaluate": Verb(EvaluateConfig, "evaluation.evaluating:evaluate"),
     "export": Verb(ExportConfig, "export.exporting:export_hf"),
@@ -56,6 +64,7 @@ VERBS = {
     "selftest": Verb(SelftestConfig, "selftest.testing:selftest", makes_folder=False),
     "show": Verb(ShowConfig, "data.visualization:show", makes_folder=False),
     "report": Verb(ReportConfig, "training.report.redrawing:report"),
+    "reproduce": Verb(ReproduceConfig, "training.reproduction.reproducing:reproduce"),
     "compare": Verb(CompareConfig, "training.report.comparing:compare", makes_folder=False),
     "convert_adapter": Verb(ConvertConfig, "export.imports.convert_adapter:convert_adapter"),
     "convert_base": Verb(ConvertBaseConfig, "export.imports.convert_base:convert_base"),
@@ -71,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     end_with_launcher()
+    leave_garbage_at_exit()
     verb = VERBS.get(words[0]) if words else None
     try:
         with usable_streams(goes_on=verb is not None and verb.makes_folder and not _asks_for_help(words)):
@@ -147,10 +157,22 @@ def _run(words: list[str]) -> int:
     config = parse(verb.config, flags, {name: verb.config for name, verb in VERBS.items()})
     check_libraries()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its warning about forks is not the user's to solve
-    if isinstance(config, FinetuneConfig) and (number := processes(config)) > 1:
+    if type(config) is FinetuneConfig and (number := processes(config)) > 1:
         return launch(words, config, number)
     verb(config)
+    if type(config) is FinetuneConfig and config.export_dir and os.environ.get("RANK", "0") == "0":
+        VERBS["export"](_export_of(config))
     return 0
+
+
+def _export_of(config: FinetuneConfig) -> ExportConfig:
+    """Return the options by which what a run has saved is exported into its --export_dir."""
+    return ExportConfig(
+        lora_weights=config.output_dir,
+        output_dir=config.export_dir,
+        trust_remote_code=config.trust_remote_code,
+        overwrite=config.overwrite,
+    )
 
 
 def _asks_for_help(words: list[str]) -> bool:

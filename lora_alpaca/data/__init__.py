@@ -7,6 +7,6 @@
 """
 
 from lora_alpaca.data.readers.sources import demo_file
-from lora_alpaca.data.rows import Rows, gc_disabled, held_out
+from lora_alpaca.data.rows import Rows, held_out
 
-__all__ = ["Rows", "demo_file", "gc_disabled", "held_out"]
+__all__ = ["Rows", "demo_file", "held_out"]

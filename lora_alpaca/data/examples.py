@@ -18,11 +18,13 @@ class Example:
     """A row: its token ids, int32 [tokens], the spans of them that are learned, and the positions of its end tokens.
 
     Spans are in order, not empty, and do not overlap. Only preparation needs `ends`; `Examples` does not keep them.
+    `place` is that of the first token among all tokens of a run, where these are counted; it tells no row from another.
     """
 
     ids: np.ndarray
     spans: list[Span]
     ends: list[int] = field(default_factory=list)
+    place: int | None = None
 
     def __post_init__(self) -> None:
         """Take the ids of a list too."""
@@ -86,6 +88,7 @@ class Examples(Sequence[Example]):
     ):
         self.ids, self.starts, self.spans, self.first_spans = ids, starts, spans.reshape(-1, 2), first_spans
         self.numbers = numbers
+        self.first_place: int | None = None  # of the first token, among all tokens of a run
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -100,7 +103,9 @@ class Examples(Sequence[Example]):
             return [self[number] for number in range(*row.indices(len(self)))]
         row = range(len(self))[row]  # negative numbers, and IndexError
         spans = self.spans[self.first_spans[row] : self.first_spans[row + 1]].tolist()
-        return Example(self.ids[self.starts[row] : self.starts[row + 1]], [(first, last) for first, last in spans])
+        ids = self.ids[self.starts[row] : self.starts[row + 1]]
+        place = None if self.first_place is None else self.first_place + int(self.starts[row])
+        return Example(ids, [(first, last) for first, last in spans], place=place)
 
     def __iter__(self) -> Iterator[Example]:
         return (self[row] for row in range(len(self)))

@@ -12,7 +12,8 @@ from itertools import chain, islice
 
 import numpy as np
 
-from lora_alpaca.data import Rows, gc_disabled
+from lora_alpaca.config.importing import gc_disabled
+from lora_alpaca.data import Rows
 from lora_alpaca.data.encoding import Encoder
 from lora_alpaca.data.examples import Builder, Example, Examples
 from lora_alpaca.data.statistics import Statistics

@@ -4,6 +4,7 @@ from contextlib import closing
 from importlib.util import find_spec
 
 from lora_alpaca.config import GenerateConfig
+from lora_alpaca.config.importing import importing
 from lora_alpaca.errors import ConfigError
 
 PAGE, SERVER = ("gradio",), ("fastapi", "uvicorn", "llguidance", "prometheus_client")
@@ -22,7 +23,8 @@ def generate(config: GenerateConfig) -> None:
         return serve(config)
     if config.instruction is None and not config.chat:
         _require(PAGE, "the web page", "web", "; or say --instruction or --chat")
-    from lora_alpaca.inference.generator import Generator
+    with importing():
+        from lora_alpaca.inference.generator import Generator
 
     with closing(Generator.load(config)) as generator:
         if config.instruction is not None:

@@ -19,7 +19,7 @@ def temporary() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="lora-alpaca-selftest-") as name:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
         hub = os.environ.get("HF_HOME") or str(cache / "huggingface")
-        changed = dict.fromkeys(CACHES, name) | {"HF_HOME": hub, "HF_HUB_OFFLINE": "1"}
+        changed = dict.fromkeys(CACHES, name) | {"HF_HOME": hub, "HF_HUB_OFFLINE": "1", "NVIDIA_TF32_OVERRIDE": "0"}
         before = {key: os.environ.get(key) for key in changed}
         os.environ.update(changed)
         try:

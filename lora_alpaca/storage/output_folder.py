@@ -20,6 +20,7 @@ from lora_alpaca.storage.handles import RealFolder
 from lora_alpaca.storage.json_files import ABSENT, Count, Shape, read_json
 
 RECORD = "lora_alpaca.json"
+PRIVATE = "lora_alpaca.private.json"  # what of the record is not to be published
 MANIFEST = "manifest.json"  # in every checkpoint: its run, its step, and its files with sizes and hashes
 INNER_LOCK = ".lora_alpaca.lock"  # where a lock cannot be beside the folder; earlier versions always put it there
 LEFTOVERS = {INNER_LOCK, f".{RECORD}.partial"}  # files of a process of version 0.1 that was killed at its beginning

@@ -44,6 +44,8 @@ BAD_FLAGS = [
     ("C73", ["--lora_dropout", "nan"], "--lora_dropout nan: input should be a finite number"),
     ("C74", ["--num_epochs", "0"], "--num_epochs 0: input should be greater than 0"),
     ("C74", ["--max_steps", "0"], "--max_steps 0: input should be greater than or equal to 1"),
+    ("C74", ["--max_minutes", "0"], "--max_minutes 0: input should be greater than 0"),
+    ("C74", ["--max_cost", "2"], "--max_cost 2: say what an hour costs with --price_per_hour"),
     ("C75", ["--seed", "-1"], "--seed -1: input should be greater than or equal to 0"),
     ("C75", ["--seed", "99999999999999999999"], "--seed 99999999999999999999: input should be less than 4294967296"),
     ("C76", ["--load_8bit", "--load_4bit"], "--load_8bit and --load_4bit exclude each other; choose one"),
@@ -68,7 +70,9 @@ def test_words_for_false_are_false(number):
 def test_a_name_stays_as_it_was_typed(number, name, data_path):
     assert parse(FinetuneConfig, ["--base_model", name]).base_model == name
     line = line_of("finetune", "--base_model", name, "--data_path", data_path, code=1)
-    assert line.startswith(f"error: --base_model {name}: no folder of this name here, and the hub gives none: ")
+    assert line.startswith(
+        f"error: --base_model {name}: no folder of this name here, and the hub gives none (HF_HUB_OFFLINE is set): "
+    )
 
 
 WHOLE = [

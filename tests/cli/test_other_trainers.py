@@ -140,6 +140,8 @@ def test_the_documents_name_flags_that_are_there():
         ({"optim": "adamw_bnb_8bit"}, "--optimizer adamw_8bit"),
         ({"optim": "adafactor"}, "--optimizer adafactor"),
         ({"num_processes": "4"}, "--processes 4"),
+        ({"max_time": "00:01:30:30"}, "--max_minutes 90.5"),
+        ({"max_time": "soon"}, ""),
         ({"fsdp": "shard_grad_op auto_wrap", "use_peft": "True"}, "--shard grads"),
         ({"strategy": "colossalai_zero2_cpu"}, "--shard grads --offload cpu"),
         ({"dataset": "my rows.json"}, "--data_path|my rows.json"),

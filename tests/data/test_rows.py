@@ -579,6 +579,16 @@ def test_a_hub_id_has_config_split_and_revision(monkeypatch, source, arguments):
     assert [row.where for row in rows] == [f"{source}:1", f"{source}:2"]
 
 
+def test_the_commit_of_a_hub_dataset_is_known(monkeypatch):
+    import datasets
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    rows = datasets.Dataset.from_list([ROW, ROW])
+    rows.info.download_checksums = {f"hf://datasets/org/name@{commit}/rows.json": {"num_bytes": 1, "checksum": None}}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
+    assert Rows("org/name").revisions == {"org/name": commit}
+
+
 def test_a_hub_id_offline_says_what_to_pass():
     with pytest.raises(DataError, match=r"--data_path nobody/nothing: not a local file.*pass a \.json file"):
         Rows("nobody/nothing")

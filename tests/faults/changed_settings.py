@@ -299,5 +299,5 @@ class _Stage:
 class _Rate:
     """What a plan reads of a config for its learning rates."""
 
-    learning_rate: float = RATE
+    peak_rate: float = RATE
     lr_scheduler: str = "linear"

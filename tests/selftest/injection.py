@@ -33,7 +33,7 @@ FAULTS = {
         "accumulation",
         "training/step.py",
         "self.engine.loss(batch) / labels",
-        "self.engine.loss(batch) / batch.weights.sum() / len(self.engine.shares(examples, 0, 1))",
+        "self.engine.loss(batch) / batch.weights.sum() / len(self.engine.shares(examples, 1)[0])",
     ),
     "shifted positions": Fault(
         "packing",

@@ -16,7 +16,7 @@ from lora_alpaca.data.readers import text
 from lora_alpaca.data.readers.json_rows import Bad, NumberedRows, read_json
 from lora_alpaca.data.readers.tables import read_table
 from lora_alpaca.data.readers.unpacking import unpacked
-from lora_alpaca.errors import DataError
+from lora_alpaca.errors import DataError, first_line
 
 Note = Callable[[str], None]
 
@@ -37,7 +37,7 @@ def read_file(path: Path, note: Note = lambda line: None) -> NumberedRows:
         with _opened(path) as file:
             yield from _READERS[suffix(path)](file, str(path), note)
     except (OSError, EOFError, zlib.error) as error:  # the last two: of a .gz that is cut short or damaged
-        raise DataError(f"{path}: {getattr(error, 'strerror', None) or _first_line(error)}") from None
+        raise DataError(f"{path}: {getattr(error, 'strerror', None) or first_line(error)}") from None
 
 
 def _opened(path: Path) -> BinaryIO:
@@ -46,10 +46,6 @@ def _opened(path: Path) -> BinaryIO:
         raise DataError(f"{path}: " + ("not a regular file" if there else "no such file"))
     file = open(path, "rb")  # noqa: SIM115  # the caller closes it
     return unpacked(file, str(path)) if path.suffix.lower() == ".gz" else file
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _read_json(file: BinaryIO, path: str, note: Note) -> NumberedRows:
@@ -88,6 +84,7 @@ _READERS: dict[str, Callable[[BinaryIO, str, Note], NumberedRows]] = {
 SUFFIXES = tuple(_READERS)
 DOCUMENTS = (".txt", ".md")
 
+_COMMIT = re.compile(r"^hf://datasets/[^@]+@([0-9a-f]{40})/")  # in the address of a file
 _HUB = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(:(?P<config>[^:@]*))?(:(?P<split>[^@]+))?(@(?P<revision>.+))?")
 
 
@@ -96,8 +93,11 @@ def hub_id(source: str) -> re.Match[str] | None:
     return _HUB.fullmatch(source)
 
 
-def read_hub(source: str) -> NumberedRows:
-    """Yield the rows of a dataset on the hub, or of its complete cache; of the train split unless another is named."""
+def read_hub(source: str, at_commit: Note) -> NumberedRows:
+    """Yield the rows of a dataset on the hub, or of its complete cache; of the train split unless another is named.
+
+    Its commit goes to `at_commit`, where the files that were downloaded tell it.
+    """
     import datasets
 
     parts = hub_id(source)
@@ -110,6 +110,9 @@ def read_hub(source: str) -> NumberedRows:
         )
     except Exception as error:  # the hub's many errors have no common base; the user needs the name and the reason
         raise DataError(
-            f"--data_path {source}: not a local file, and the hub gives none ({_first_line(error)}); pass a .json file"
+            f"--data_path {source}: not a local file, and the hub gives none ({first_line(error)}); pass a .json file"
         ) from None
+    downloaded = getattr(getattr(rows, "info", None), "download_checksums", None) or {}
+    for commit in [match[1] for address in downloaded if (match := _COMMIT.search(address))][:1]:
+        at_commit(commit)
     yield from enumerate(rows, start=1)

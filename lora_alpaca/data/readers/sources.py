@@ -40,17 +40,20 @@ def demo_file(name: str) -> Path:
 
 
 class Source:
-    """One file, or one hub dataset, which has no path. `notes` are good to know of what was read last."""
+    """One file, or one hub dataset, which has no path but, once it was read, a `revision`, the commit.
+
+    `notes` are good to know of what was read last.
+    """
 
     def __init__(self, path: Path | None, name: str):
-        self.path, self.name = path, name
+        self.path, self.name, self.revision = path, name, ""
         self.notes: list[str] = []
 
     def read(self) -> NumberedRows:
         """Yield the raw rows with their numbers."""
         self.notes = []
         if self.path is None:
-            return files.read_hub(self.name)
+            return files.read_hub(self.name, lambda commit: setattr(self, "revision", commit))
         return files.read_file(self.path, lambda note: self.notes.append(f"warning: {self.name}: {note}"))
 
 
