@@ -1,11 +1,12 @@
 """What do two threads cost beside another program? python benchmarks/contention.py [--rounds N] [--threads N]
 
 Trains SmolLM2-135M, if `make real` has fetched it, else a random model of its shape (30 layers, 576 wide), forward and
-backward in fp32: on one thread, and on several whose threads wait awake, as GNU's OpenMP has them, and asleep, as
-lora_alpaca has them. All take turns of a few seconds, with nothing beside them, with a busy loop, and with one that is
-pinned to a core. What counts is the rate of several threads over that of one, in the same round: the median of rounds,
-which other work on the machine disturbs least. Writes benchmarks/results/contention-DATE.json; its figures are the last
-line, one JSON object. The aim is 0.9 beside a busy loop.
+backward in fp32: on one thread, and on several that wait awake, as GNU's OpenMP has them, asleep, or for a moment awake
+and then asleep, as lora_alpaca has them. `chosen` is what a run of lora_alpaca that begins there trains with: the last
+of these, or one thread, by its measurement. All take turns of a few seconds, with nothing beside them, a busy loop,
+and with one that is pinned to a core. What counts is the rate over that of one thread, in the same round: the median of
+rounds, which other work on the machine disturbs least. Writes benchmarks/results/contention-DATE.json; its figures are
+the last line, one JSON object. The aim is 0.9 beside a busy loop.
 """
 
 import argparse
@@ -21,6 +22,8 @@ from pathlib import Path
 
 from results_file import write
 
+import lora_alpaca
+
 REAL = Path.home() / ".cache" / "lora_alpaca_real" / "SmolLM2-135M-Instruct"
 SHAPE = {
     "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
@@ -28,13 +31,19 @@ SHAPE = {
 }  # fmt: skip
 TOKENS = 64  # of a step
 BUSY = [sys.executable, "-c", "while True: pass"]
-WAITING = {"awake": {}, "asleep": {"OMP_WAIT_POLICY": "passive"}}
+ASLEEP = {"OMP_WAIT_POLICY": "passive"}
+BRIEFLY = dict(lora_alpaca.WAITING)
+WAITING = {"awake": {}, "asleep": ASLEEP, "briefly awake": BRIEFLY, "chosen": BRIEFLY}
 
 
 def train() -> None:
-    """Answer each line `THREADS SECONDS` on standard input with the tokens per second of so long a turn."""
+    """Answer each line `THREADS SECONDS` on standard input with the tokens per second of so long a turn, and `THREADS`
+    with the number, that or one, that a run uses which begins now.
+    """
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    from lora_alpaca.training.threads import faster
 
     torch.manual_seed(0)
     model = (
@@ -43,13 +52,20 @@ def train() -> None:
         else LlamaForCausalLM(LlamaConfig(**SHAPE))
     )
     ids = torch.randint(0, 40_000, (1, TOKENS))
+
+    def step() -> None:
+        model(ids, labels=ids).loss.backward()
+        model.zero_grad()
+
     for line in sys.stdin:
-        threads, seconds = line.split()
+        threads, *seconds = map(float, line.split())
         torch.set_num_threads(int(threads))
+        if not seconds:
+            print(faster(step, int(threads))[0], flush=True)
+            continue
         steps, begun = 0, time.perf_counter()
-        while (taken := time.perf_counter() - begun) < float(seconds) or not steps:
-            model(ids, labels=ids).loss.backward()
-            model.zero_grad()
+        while (taken := time.perf_counter() - begun) < seconds[0] or not steps:
+            step()
             steps += 1
         print(steps * TOKENS / taken, flush=True)
 
@@ -61,10 +77,10 @@ def started(variables: dict[str, str]) -> subprocess.Popen[str]:
     return subprocess.Popen(words, env=own | variables, stdin=pipe, stdout=pipe, text=True)
 
 
-def turn(process: subprocess.Popen[str], threads: int, seconds: float) -> float:
-    """Return the tokens per second of a turn."""
+def ask(process: subprocess.Popen[str], *numbers: float) -> float:
+    """Return what a process answers: the tokens per second of a turn, or a number of threads."""
     assert process.stdin and process.stdout
-    process.stdin.write(f"{threads} {seconds}\n")
+    process.stdin.write(" ".join(map(str, numbers)) + "\n")
     process.stdin.flush()
     if not (said := process.stdout.readline()):
         raise SystemExit("a process that trains has ended")
@@ -106,14 +122,16 @@ def main() -> None:
         for process in processes.values():
             running.callback(process.wait)
             running.callback(process.kill)
-            turn(process, asked.threads, 0)  # whatever the first step makes is there then
+            ask(process, asked.threads, 0)  # whatever the first step makes is there then
         for what in ("nothing", "loop", "pinned"):
             rates: dict[str, list[float]] = {name: [] for name in ("one", *WAITING)}
             with beside(what):
+                chosen = int(ask(processes["chosen"], asked.threads))
                 for _ in range(asked.rounds):
-                    rates["one"].append(turn(processes["asleep"], 1, asked.seconds))
+                    rates["one"].append(ask(processes["asleep"], 1, asked.seconds))
                     for name, process in processes.items():
-                        rates[name].append(turn(process, asked.threads, asked.seconds))
+                        threads = chosen if name == "chosen" else asked.threads
+                        rates[name].append(ask(process, threads, asked.seconds))
             median = {name: statistics.median(found) for name, found in rates.items()}
             ratio = {
                 name: statistics.median(many / one for many, one in zip(rates[name], rates["one"], strict=True))
@@ -124,6 +142,7 @@ def main() -> None:
                 + "".join(f"{f'{median[name]:.0f} ({ratio[name]:.2f})':>22}" for name in WAITING),
                 flush=True,
             )
+            result[f"{what} threads chosen"] = chosen
             result |= {f"{what} {name}": round(rate, 1) for name, rate in median.items()}
             result |= {f"{what} {name} over one": round(value, 2) for name, value in ratio.items()}
     write("contention", result)

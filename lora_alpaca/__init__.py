@@ -18,8 +18,11 @@ from lora_alpaca._version import __version__
 # Other libraries read these while they are imported, so they are set here.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # no line for every attempt to connect; the last error is reported
-if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():  # how torch's threads wait:
-    os.environ["OMP_WAIT_POLICY"] = "passive"  # asleep; awake they take the time of one that another program holds up
+# Threads of torch that wait are awake for some microseconds, and then asleep, unless a user says otherwise: awake they
+# take the time of one that another program holds up (decision 24). GNU's OpenMP reads the latter, others the former.
+WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "3000"}
+if not {*WAITING, "KMP_BLOCKTIME"} & os.environ.keys():
+    os.environ |= WAITING
 logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # it urges to install `kernels`, which fetches code
 
 _HOMES = {

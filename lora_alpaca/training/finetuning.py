@@ -5,6 +5,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 
+import torch
+
 from lora_alpaca.artifacts.run_record import RunResult
 from lora_alpaca.config import FinetuneConfig
 from lora_alpaca.distributed.world import World
@@ -70,6 +72,9 @@ def train(
 
         # 4. Model: the first heavy step; its engine and optimizer
         stepper, notes = setup.fit(job, plan, world, resources, progress, start.is_proven)
+        if not threads.are_told(config.threads, start.threads):
+            notes += threads.choose(stepper.engine, job.train[: job.config.batch_size], world)
+            record["hardware"]["threads"] = torch.get_num_threads()
         stepper.engine, more = reading_hidden_states(stepper.engine, job, plan, world, progress)
         notes += more
         log(*notes)

@@ -42,7 +42,7 @@ class DeviceOptions(Options):
         "devices",
         "Threads of each process on a CPU. A resumed run has those that it began with: other ones round otherwise.",
         unit="threads",
-        auto="one for each core, or OMP_NUM_THREADS",
+        auto="one for each core, or one in all where that is clearly faster at the start; or OMP_NUM_THREADS",
         ge=1,
         le=1024,
         decides="nothing",
