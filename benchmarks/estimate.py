@@ -97,10 +97,10 @@ def child(kind: str, options: dict[str, Any], ranks: int, figures: Path) -> None
     from lora_alpaca.config import FinetuneConfig
     from lora_alpaca.training import finetuning
 
-    with Peak(torch.device("cpu")) as peak:
+    with Peak(torch.device("cpu"), in_use=False) as peak:
         finetuning.train(FinetuneConfig(**options))
     figures.with_suffix(f".{os.environ.get('RANK', '0')}").write_text(
-        json.dumps({"memory": peak.bytes, "seconds": time.process_time()})
+        json.dumps({"memory": peak.bytes, "seconds": time.process_time() - peak.seconds})
     )
 
 

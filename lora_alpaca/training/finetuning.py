@@ -72,9 +72,9 @@ def train(
 
         # 4. Model: the first heavy step; its engine and optimizer
         stepper, notes = setup.fit(job, plan, world, resources, progress, start.is_proven)
-        if not threads.are_told(config.threads, start.threads):
-            notes += threads.choose(stepper.engine, job.train[: job.config.batch_size], world)
-            record["hardware"]["threads"] = torch.get_num_threads()
+        first = job.train[: job.config.batch_size]
+        notes += threads.choose(stepper.engine, first, world, config.threads or start.threads)
+        record["hardware"]["threads"] = torch.get_num_threads()
         stepper.engine, more = reading_hidden_states(stepper.engine, job, plan, world, progress)
         notes += more
         log(*notes)

@@ -46,18 +46,15 @@ def used(asked: int | None, before: int | None) -> Iterator[list[str]]:
         torch.set_num_threads(own)
 
 
-def are_told(asked: int | None, before: int | None) -> bool:
-    """Return whether a run has its number of threads from its user, or from the run that it goes on with."""
-    return bool(asked or before or any(os.environ.get(name) for name in TOLD))
-
-
-def choose(engine: Engine, examples: Sequence[Example], world: World) -> list[str]:
+def choose(engine: Engine, examples: Sequence[Example], world: World, told: int | None) -> list[str]:
     """Compute with one thread from here on, where gradients of a few of the examples are clearly faster with it.
 
-    Return a note then. Nothing learns from it, and random numbers are as before. Nothing is measured for a GPU, nor for
-    several ranks, each of which has its share of the cores.
+    Return a note then. Nothing learns from it, and random numbers are as before. Nothing is measured where the number
+    is `told`, by the user or the run that is gone on with, for a GPU, or for several ranks, which share the cores.
     """
     most = torch.get_num_threads()
+    if told or any(os.environ.get(name) for name in TOLD):
+        return []
     if world.device.type != "cpu" or world.world_size > 1 or most == 1:
         return []
 

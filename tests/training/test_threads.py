@@ -166,3 +166,12 @@ def test_long_passes_are_not_measured(tiny_llama, data_path, tmp_path, measured,
     monkeypatch.setattr(threads, "LONG", 0.0)
     assert trained(tiny_llama, data_path, tmp_path / "out").code == 0
     assert measured == []
+
+
+def test_the_search_of_a_rate_measures_too(tiny_llama, data_path, measured):
+    options = flags(OPTIONS | {"base_model": tiny_llama, "data_path": data_path})
+    found = run("find_lr", *options)
+    assert found.code == 0, found.err
+    assert "computing with 1 thread, 2.0 times as fast" in found.out and measured == [2]
+    assert "computing with 3 threads (--threads), not 2" in run("find_lr", *options, "--threads", 3).out
+    assert measured == [2]

@@ -2,6 +2,7 @@
 
 import ctypes
 import threading
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -57,12 +58,16 @@ def live(device: torch.device) -> int:
 
 
 class Peak:
-    """A context; `bytes` is the most that this process held within it, `live` the most of it that was in use."""
+    """A context; `bytes` is the most that this process held within it, `live` the most of it that was in use.
 
-    def __init__(self, device: torch.device):
-        self._device, self._done = device, threading.Event()
+    Looking takes `seconds` of the processor: of a large heap a look takes milliseconds, so `live` may be left out.
+    """
+
+    def __init__(self, device: torch.device, in_use: bool = True):
+        self._device, self._in_use, self._done = device, in_use, threading.Event()
         self._sampler = threading.Thread(target=self._watch, daemon=True)
         self.bytes = self.live = 0
+        self.seconds = 0.0
 
     def __enter__(self) -> "Peak":
         self._look()
@@ -83,8 +88,11 @@ class Peak:
         self._look()
 
     def _look(self) -> None:
-        self.bytes, self.live = max(self.bytes, held(self._device)), max(self.live, live(self._device))
+        self.bytes = max(self.bytes, held(self._device))
+        if self._in_use:
+            self.live = max(self.live, live(self._device))
 
     def _watch(self) -> None:
         while not self._done.wait(SAMPLED):
             self._look()
+            self.seconds = time.thread_time()

@@ -9,7 +9,7 @@ from lora_alpaca.planning.budget import Budget
 from lora_alpaca.signals import Stop
 from lora_alpaca.storage import atomic
 from lora_alpaca.storage.paths import user_path
-from lora_alpaca.training import setup
+from lora_alpaca.training import setup, threads
 from lora_alpaca.training.progress import Progress
 from lora_alpaca.training.report import plots, rates
 from lora_alpaca.training.resume import Start
@@ -31,11 +31,12 @@ def find_lr(find: FindConfig) -> Found:
     stop = Stop()
     with stop.watching(), World(config, stop) as world, ExitStack() as resources:
         progress = Progress(quiet=not world.is_main)
-        progress.log(*world.notes)
+        progress.log(*world.notes, *resources.enter_context(threads.used(config.threads, None)))
         start = Start(config, user_path(config.output_dir))
         job = setup.prepare(setup.identify(config, None, world, start, progress), world, progress)
         plan = start.plan(job, world)
         stepper, notes = setup.fit(job, plan, world, resources, progress)
+        notes += threads.choose(stepper.engine, job.train[: job.config.batch_size], world, config.threads)
         progress.log(*notes)
         found = rate_search.search(job, plan, stepper, progress, Budget.of(config).in_seconds)
         progress.log(f"say --learning_rate {found.rate:g}")
