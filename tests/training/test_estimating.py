@@ -25,7 +25,7 @@ from lora_alpaca.planning.devices import TABLE
 from lora_alpaca.planning.estimate import Parts
 from lora_alpaca.planning.plan import resolve_steps
 from lora_alpaca.planning.timing import StepWork
-from lora_alpaca.training.estimating import probe
+from lora_alpaca.training.estimating import measuring, probe
 from lora_alpaca.training.estimating.counting import compute
 from lora_alpaca.training.estimating.estimating import _of_layers, forecast
 from lora_alpaca.training.estimating.peak import Peak, live
@@ -244,6 +244,27 @@ def test_the_most_that_was_held_and_the_most_that_was_in_use():
     assert 80e6 <= peak.live - before < 90e6
     assert live(device) < before + 10e6
     assert peak.bytes > peak.live - before
+
+
+def test_looking_takes_time_that_is_counted_and_less_where_only_what_is_held_is_asked_for():
+    with Peak(torch.device("cpu"), in_use=False) as peak:
+        time.sleep(0.1)
+    assert peak.live == 0 and peak.bytes > 1e7
+    assert 0 < peak.seconds < 0.1
+
+
+@pytest.mark.parametrize("clock, looking", [(time.process_time, 100), (time.perf_counter, 0)])
+def test_the_time_of_a_phase_is_without_that_of_looking(monkeypatch, clock, looking):
+    class Looked(Peak):
+        def __exit__(self, *error):
+            super().__exit__(*error)
+            self.seconds = 100.0
+
+    monkeypatch.setattr(measuring, "Peak", Looked)
+    watch = measuring.Watch(torch.device("cpu"), clock)
+    with watch.phase("load"):
+        pass
+    assert 0 <= watch.seconds["load"] + looking < 1
 
 
 @pytest.mark.slow
