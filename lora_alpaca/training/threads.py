@@ -17,8 +17,8 @@ from lora_alpaca.distributed.world import World
 from lora_alpaca.engine import Engine
 
 TOLD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # variables by which a user has said it
-# How many times as fast one thread has to be. Beside a busy loop it is 1.5 and more, on a quiet machine 1.3 at most, of
-# the shortest passes; a choice by chance would make two adapters of one command.
+# How many times as fast one thread has to be. Beside a busy loop it is 1.5 and more, in a process of its own on a quiet
+# machine 1.3 at most; a choice by chance would make two adapters of one command.
 CLEARLY = 1.35
 SECONDS = 0.1  # that a measured pass should take
 ALL_SECONDS, LEAST = 1.0, 3  # of the measurement, and rounds of it
@@ -76,7 +76,7 @@ def choose(engine: Engine, examples: Sequence[Example], world: World, told: int 
     torch.set_num_threads(number)
     if number == most:
         return []
-    return [f"computing with 1 thread, {ratio:.1f} times as fast as {most} beside what else runs here (--threads)"]
+    return [f"computing with 1 thread, measured {ratio:.1f} times as fast as {most} (--threads)"]
 
 
 def faster(step: Callable[[], object], most: int) -> tuple[int, float]:

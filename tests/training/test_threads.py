@@ -139,7 +139,7 @@ def trained(base, rows, folder, *words):
 def test_a_run_that_begins_measures_and_has_its_number_from_then_on(tiny_llama, data_path, tmp_path, measured):
     began = trained(tiny_llama, data_path, tmp_path / "out")
     assert began.code == 0, began.err
-    assert "computing with 1 thread, 2.0 times as fast as 2 beside what else runs here (--threads)" in began.out
+    assert "computing with 1 thread, measured 2.0 times as fast as 2 (--threads)" in began.out
     assert measured == [2] and torch.get_num_threads() == 2
     hardware = json.loads((tmp_path / "out" / "lora_alpaca.json").read_text())["hardware"]
     assert hardware["threads"] == 1
@@ -172,6 +172,6 @@ def test_the_search_of_a_rate_measures_too(tiny_llama, data_path, measured):
     options = flags(OPTIONS | {"base_model": tiny_llama, "data_path": data_path})
     found = run("find_lr", *options)
     assert found.code == 0, found.err
-    assert "computing with 1 thread, 2.0 times as fast" in found.out and measured == [2]
+    assert "computing with 1 thread, measured 2.0 times as fast" in found.out and measured == [2]
     assert "computing with 3 threads (--threads), not 2" in run("find_lr", *options, "--threads", 3).out
     assert measured == [2]
